@@ -1,0 +1,3 @@
+from forgetrain.cli.main import main
+
+main()

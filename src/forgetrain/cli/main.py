@@ -1,0 +1,38 @@
+"""The ``forgetrain`` command: registers the commands and turns bad input into one line and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import typer
+
+from forgetrain.errors import UserError
+
+app = typer.Typer(
+    name="forgetrain",
+    help="Forge a pre-training engine for one model and one machine, under gates, and train the model with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"{error.filename or 'the disk'}: no space left on the device. Free some space and run the command again")
+    except KeyboardInterrupt:
+        print("forgetrain: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(line: str) -> None:
+    print(f"forgetrain: {line}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,302 @@
+"""The target: one TOML file that says which model, recipe, precision, hardware, data and reference.
+
+Every default of ForgeTrain lives in this module. ``Target.plain()`` is what travels to engines, which cannot import
+this package: a nested dict of plain values.
+
+    target = load_target("targets/nano-cpu.toml", overrides=["recipe.lr=3e-4"])
+    target.model.head_dim, target.name
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from forgetrain.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """A dense decoder in Hugging Face Llama terms."""
+
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive
+    vocab_size: Positive
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: Positive = 4096
+    attention_bias: bool = False  # a bias on q, k and v, none on o, as Qwen2 has it
+    qk_norm: bool = False  # RMSNorm over head_dim on q and k before RoPE, as Qwen3 has it
+    # MiniCPM's muP scales: embeddings × scale_emb, each residual branch × scale_depth / sqrt(layers),
+    # hidden states before the head ÷ (hidden_size / dim_model_base). None leaves the scale out.
+    scale_emb: float | None = None
+    scale_depth: float | None = None
+    dim_model_base: int | None = None
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Model:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads = {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads = {self.num_key_value_heads}; choose a divisor"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim} is odd, but RoPE rotates pairs; make it even")
+        return self
+
+    @property
+    def architecture(self) -> Literal["llama", "qwen2", "qwen3", "minicpm"]:
+        """The Hugging Face model family whose computation this is."""
+        if self.scale_emb is not None or self.scale_depth is not None or self.dim_model_base is not None:
+            return "minicpm"
+        if self.qk_norm:
+            return "qwen3"
+        return "qwen2" if self.attention_bias else "llama"
+
+    @property
+    def residual_scale(self) -> float | None:
+        """What each residual branch is multiplied by, scale_depth / sqrt(layers); None when there is none."""
+        return None if self.scale_depth is None else self.scale_depth / self.num_hidden_layers**0.5
+
+    @property
+    def logit_divisor(self) -> float | None:
+        """What hidden states are divided by before the head, hidden_size / dim_model_base; None when there is none."""
+        return None if self.dim_model_base is None else self.hidden_size / self.dim_model_base
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical (Hugging Face Llama state dict) name → shape, in forward order. A tied head is not listed."""
+        h, f, d = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, h)}
+        for i in range(self.num_hidden_layers):
+            p = f"model.layers.{i}."
+            shapes[p + "input_layernorm.weight"] = (h,)
+            for name, rows in (("q", q), ("k", kv), ("v", kv)):
+                shapes[p + f"self_attn.{name}_proj.weight"] = (rows, h)
+                if self.attention_bias:
+                    shapes[p + f"self_attn.{name}_proj.bias"] = (rows,)
+            if self.qk_norm:
+                shapes[p + "self_attn.q_norm.weight"] = (d,)
+                shapes[p + "self_attn.k_norm.weight"] = (d,)
+            shapes[p + "self_attn.o_proj.weight"] = (h, q)
+            shapes[p + "post_attention_layernorm.weight"] = (h,)
+            shapes[p + "mlp.gate_proj.weight"] = (f, h)
+            shapes[p + "mlp.up_proj.weight"] = (f, h)
+            shapes[p + "mlp.down_proj.weight"] = (h, f)
+        shapes["model.norm.weight"] = (h,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, h)
+        return shapes
+
+
+class Recipe(Section):
+    """How the model is trained. Weight decay applies to parameters of two or more dimensions only."""
+
+    optimizer: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Ratio = 0.9
+    beta2: Ratio = 0.95
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip: Annotated[float, Field(gt=0)] = 1.0  # the global gradient norm is clipped to this
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_steps: Annotated[int, Field(ge=0)] = 0  # WSD: the last steps, in which the rate falls to min_lr
+    decay: Literal["linear", "exponential", "1-sqrt"] = "linear"
+    batch_size: Positive  # sequences a step, over all ranks
+    micro_batch_size: Positive
+    sequence_length: Positive
+    steps: Positive
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _divides(self) -> Recipe:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
+            )
+        if self.warmup_steps + self.decay_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps + decay_steps = {self.warmup_steps + self.decay_steps} exceed steps = {self.steps}"
+            )
+        return self
+
+
+class Precision(Section):
+    """``fp32``, or ``bf16``: Megatron's policy (bf16 weights and activations, fp32 master weights that start from
+    the rounded bf16 weights, gradients accumulated in fp32)."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class Hardware(Section):
+    """The machine an engine is made for. ``name`` is a key of ``forgetrain.spec.hardware.HARDWARE``."""
+
+    name: str = "cpu"
+    count: Positive = 1
+    threads: Positive = 2  # CPU threads of each process: bits depend on it, so it is part of the target
+    memory_gib: float | None = None
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cpu" if self.name == "cpu" else "cuda"
+
+
+class Source(Section):
+    """One source of documents: a file, a folder, ``python-stdlib``, or Megatron's ``.bin/.idx`` prefix."""
+
+    path: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    glob: str = "**/*"
+    field: str = "text"
+
+
+class Data(Section):
+    sources: list[Source] = Field(default_factory=lambda: [Source(path="python-stdlib", glob="**/*.py")])
+    tokenizer: str | None = None  # a folder with tokenizer.json; None trains one of the model's vocab_size
+    documents: Literal["ignore", "mask", "mask+reset"] = "ignore"  # attention across document boundaries, positions
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+
+
+class ReferenceSpec(Section):
+    """The trusted trainer. ``attention`` is the transformers implementation; Megatron's is its local one."""
+
+    name: Literal["megatron", "transformers", "capture"] = "megatron"
+    attention: Literal["eager", "sdpa"] = "eager"
+    distributed_optimizer: bool = False  # Megatron's sharded optimizer; its gradient norm differs in the last bits
+
+
+class Gates(Section):
+    """The shape at which gates compare with the reference, and their thresholds (docs/gates.md says why each)."""
+
+    batch_size: Positive = 2
+    micro_batch_size: Positive = 1
+    sequence_length: Positive = 128
+    steps: Positive = 20
+    g4_fp32_ratio: float = 2.0
+    g4_bf16_ratio: float = 1.5
+    g5_relative: float = 5e-4
+    g5_band: float = 3.0
+    g5_seeds: Positive = 3
+    g5_steps: Positive = 100
+    g7_minimum: float = 0.01
+
+    @model_validator(mode="after")
+    def _divides(self) -> Gates:
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
+            )
+        return self
+
+
+class Search(Section):
+    """The budget of ``forgetrain forge``; whichever ends first ends the run."""
+
+    minutes: Annotated[float, Field(gt=0)] = 30.0
+    attempts: Positive = 200
+    dollars: Annotated[float, Field(ge=0)] = 0.0
+    tokens: Annotated[int, Field(ge=0)] = 0
+
+
+class Target(Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    model: Model
+    recipe: Recipe
+    precision: Precision = Precision()
+    hardware: Hardware = Hardware()
+    data: Data = Data()
+    reference: ReferenceSpec = ReferenceSpec()
+    gates: Gates = Gates()
+    search: Search = Search()
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Target:
+        for section, length in (("recipe", self.recipe.sequence_length), ("gates", self.gates.sequence_length)):
+            if length > self.model.max_position_embeddings:
+                raise ValueError(
+                    f"{section}.sequence_length = {length} exceeds "
+                    f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+                )
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """This target as nested plain values, the form in which engines receive it."""
+        return self.model_dump(mode="json")
+
+    def at_gates_shape(self) -> Target:
+        """This target with the recipe's batch, micro-batch and sequence length replaced by the ``[gates]`` shape."""
+        shape = {key: getattr(self.gates, key) for key in ("batch_size", "micro_batch_size", "sequence_length")}
+        return self.model_copy(update={"recipe": self.recipe.model_copy(update=shape)})
+
+
+def load_target(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Target:
+    """Reads a target file; ``overrides`` are ``section.key=value`` with TOML values (bare words count as strings).
+
+    Raises:
+        UserError: no such file, malformed TOML, unknown key, or a value that cannot be.
+    """
+    path = Path(path)
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("no such target file", file=path, remedy="see targets/ for the ones that ship") from None
+    except IsADirectoryError:
+        raise UserError("is a folder, not a target file", file=path, remedy="name a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"not valid TOML: {error}", file=path, remedy="fix the syntax at that place") from None
+    for override in overrides:
+        _apply(tree, override)
+    return parse_target(tree, file=path)
+
+
+def parse_target(tree: dict[str, Any], *, file: object = None) -> Target:
+    """Validates nested values as a target. Raises UserError naming file, key, value and remedy."""
+    try:
+        return Target.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or None
+        if first["type"] == "extra_forbidden":
+            raise UserError("unknown key", file=file, key=key, remedy="remove it or fix its spelling") from None
+        if first["type"] == "missing":
+            raise UserError("is missing", file=file, key=key, remedy="add it to the target") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        value = first["input"] if not isinstance(first["input"], dict) else None
+        raise UserError(problem, file=file, key=key, value=value, remedy="see docs/target.md") from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError("an override is written section.key=value", value=override, remedy="for example recipe.lr=3e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError("is not a section", key=key, remedy="write section.key=value")
+    node[last] = value
