@@ -1,0 +1,104 @@
+"""The plan: which variant each op uses, how weights are packed, and the order in which sums are formed.
+
+    plan = Plan.textbook()
+    plan = plan.with_choice("rmsnorm", "torch")
+    choices(target)["attention"]        # ("textbook", "eager", "megatron", "sdpa", "sdpa_gqa")
+
+A plan is stored as TOML (``plan.toml``) beside every engine that was written from it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from forgetrain.errors import UserError
+from forgetrain.ops.table import OPS
+from forgetrain.spec.target import Target
+
+#: What a plan decides besides variants: the key, its options (the plain one first), and why they differ in bits.
+STRUCTURE: dict[str, tuple[tuple[str, ...], str]] = {
+    "token_order": (
+        ("batch", "sequence"),
+        "tokens of a micro-batch flattened row by row, or position by position as Megatron; sums over tokens follow it",
+    ),
+    "qkv": (
+        ("split", "fused", "grouped"),
+        "three products; one over [Q; K; V]; one over Megatron's interleaving by query group. The input gradient's sum "
+        "runs in that order",
+    ),
+    "gate_up": (("split", "fused"), "two products, or one over [gate; up]"),
+    "qkv_sum": (
+        ("q+k+v", "v+k+q", "q+v+k"),
+        "the order in which the input gradients of split projections are added, left to right",
+    ),
+    "norm_order": (
+        ("canonical", "huggingface", "megatron"),
+        "the order of parameters in the sum of the global gradient norm",
+    ),
+}
+
+
+class Plan:
+    """An immutable mapping from plan keys (ops and structure) to the names chosen."""
+
+    def __init__(self, choices: dict[str, str]):
+        self._choices = dict(choices)
+        for key, name in self._choices.items():
+            options = _options(key)
+            if options is None:
+                raise UserError("no such plan key", key=key, remedy=f"the keys are {', '.join([*OPS, *STRUCTURE])}")
+            if name not in options:
+                raise UserError("no such choice", key=key, value=name, remedy=f"the choices are {', '.join(options)}")
+        for key in [*OPS, *STRUCTURE]:
+            self._choices.setdefault(key, _options(key)[0])  # type: ignore[index]
+
+    @classmethod
+    def textbook(cls) -> Plan:
+        """The deliberately plain plan from which aligning starts."""
+        return cls({})
+
+    @classmethod
+    def read(cls, path: str | Path) -> Plan:
+        """Reads ``plan.toml``. Raises UserError when it is missing, malformed or names what does not exist."""
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError("no such plan", file=path, remedy="forgetrain align writes one") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"not valid TOML: {error}", file=path, remedy="fix the syntax at that place") from None
+        return cls({str(key): str(value) for key, value in tree.items()})
+
+    def __getitem__(self, key: str) -> str:
+        return self._choices[key]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._choices == other._choices
+
+    def __hash__(self) -> int:
+        return hash(tuple(sorted(self._choices.items())))
+
+    def items(self) -> list[tuple[str, str]]:
+        return [(key, self._choices[key]) for key in [*STRUCTURE, *OPS]]
+
+    def with_choice(self, key: str, name: str) -> Plan:
+        return Plan({**self._choices, key: name})
+
+    def toml(self) -> str:
+        return "".join(f'{key} = "{name}"\n' for key, name in self.items())
+
+
+def choices(target: Target) -> dict[str, tuple[str, ...]]:
+    """Every plan key that this target's model makes use of, with its options."""
+    unused = set()
+    if not target.model.qk_norm:
+        unused.add("qk_norm")
+    if target.model.logit_divisor is None:
+        unused.add("mup")
+    return {key: _options(key) for key in [*OPS, *STRUCTURE] if key not in unused}  # type: ignore[misc]
+
+
+def _options(key: str) -> tuple[str, ...] | None:
+    if key in OPS:
+        return tuple(OPS[key])
+    return STRUCTURE[key][0] if key in STRUCTURE else None

@@ -1,0 +1,166 @@
+"""Writing an engine: the chosen variants' source and the decoder's step as one flat, formatted Python file.
+
+    source = write_engine(target, plan)
+    engine = load_engine(path).build(target.plain(), device="cpu", precision="fp32", mesh=None)
+
+There is no other assembled form: what aligning probes, what the judge clocks and what training runs is this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jinja2
+import ruff
+
+from forgetrain.engine.plan import Plan
+from forgetrain.errors import UserError
+from forgetrain.ops.table import OPS
+from forgetrain.spec.target import Target
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("forgetrain.engine", "."),
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    undefined=jinja2.StrictUndefined,
+    autoescape=False,
+)
+
+#: Fields of [model] that do not change what an engine computes.
+_NOT_COMPUTED = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
+    """The engine's source. ``facts`` are lines for its header: golden record, verdicts, measured speed."""
+    model = target.model
+    variants = {key: OPS[key][plan[key]] for key in OPS if key != "qk_norm" or model.qk_norm}
+    if model.logit_divisor is None:
+        del variants["mup"]
+    header = [
+        *facts,
+        "",
+        "Plan:",
+        *(f"    {key} = {name}" for key, name in plan.items() if key in variants or key not in OPS),
+    ]
+    template = _TEMPLATES.get_template("decoder.py.j2")
+    text = template.render(
+        title=f"A pre-training engine for {target.name}, written by ForgeTrain: forward, loss, backward, update.",
+        header="\n".join(header).strip(),
+        m=model,
+        model=model.model_dump(mode="json", exclude=_NOT_COMPUTED),
+        documents=target.data.documents,
+        sources=_sources(function for variant in variants.values() for function in variant.functions),
+        plan=dict(plan.items()),
+        v={key: variant.name for key, variant in variants.items()},
+        head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
+        residual_scale="None" if model.residual_scale is None else "RESIDUAL_SCALE",
+        **_layer_names(target, plan),
+    )
+    return format_source(text)
+
+
+def format_source(text: str) -> str:
+    """Formatted as this project's own code is, with unused imports taken out."""
+    options = ["--line-length", "120", "--isolated", "--quiet"]
+    for command in (
+        ["check", "--fix", "--exit-zero", "--select", "F401,I001", *options, "-"],
+        ["format", *options, "-"],
+    ):
+        done = subprocess.run([ruff.find_ruff_bin(), *command], input=text, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"the written engine is not valid Python: {done.stderr.strip()}")
+        text = done.stdout
+    return text
+
+
+def source_hash(source: str) -> str:
+    """SHA-256 of an engine's source, the identity under which verdicts are kept."""
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
+def load_engine(path: str | Path) -> types.ModuleType:
+    """Imports an engine file. Raises UserError when it is missing, does not import, or has no ``build``."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("no such engine file", file=path, remedy="forgetrain align writes one")
+    name = f"forgetrain_engine_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError("is not a Python file", file=path, remedy="an engine's name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a stranger's file raises, it is that file's fault
+        del sys.modules[name]
+        raise UserError(
+            f"the engine does not import: {type(error).__name__}: {error}",
+            file=path,
+            remedy="run it with python to see where",
+        ) from error
+    if not callable(getattr(module, "build", None)):
+        raise UserError("the engine has no build function", file=path, remedy="see docs/engine-contract.md")
+    return module
+
+
+def _layer_names(target: Target, plan: Plan) -> dict[str, list[str]]:
+    """The per-layer tensor lists that the template writes out: as stored, canonical, and in the references' orders."""
+    model = target.model
+    prefix = "model.layers.0."
+    canonical = [n.removeprefix(prefix) for n in model.parameter_shapes() if n.startswith(prefix)]
+    kinds = ["weight", "bias"] if model.attention_bias else ["weight"]
+    qkv = [f"self_attn.{p}_proj.{kind}" for p in "qkv" for kind in kinds]
+    if plan["qkv"] != "split":
+        qkv = [f"self_attn.qkv_proj.{kind}" for kind in kinds]
+    qk_norm = ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if model.qk_norm else []
+    gate_up = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    if plan["gate_up"] == "fused":
+        gate_up = ["mlp.gate_up_proj.weight"]
+    out, down = ["self_attn.o_proj.weight"], ["mlp.down_proj.weight"]
+    norm1, norm2 = ["input_layernorm.weight"], ["post_attention_layernorm.weight"]
+    matrices = [name for name in qkv if name.endswith("weight")]
+    biases = [name for name in qkv if name.endswith("bias")]
+    return {
+        "layer_names": [*norm1, *qkv, *qk_norm, *out, *norm2, *gate_up, *down],
+        "canonical_layer_names": canonical,
+        "hf_layer_names": [*qkv, *out, *qk_norm, *gate_up, *down, *norm1, *norm2],
+        # Megatron's optimizer groups what decays before what does not, each in the order of its modules
+        "megatron_matrices": [*out, *matrices, *gate_up, *down],
+        "megatron_vectors": [*norm1, *biases, *qk_norm, *norm2],
+        "qkv_kinds": kinds,
+    }
+
+
+def _sources(functions: Iterable[Callable]) -> str:
+    """The functions' source with whatever module-level functions of the ops they call, each once, callees first."""
+    done: dict[str, str] = {}
+
+    def visit(function: Callable) -> None:
+        if function.__name__ in done:
+            return
+        done[function.__name__] = ""  # before its callees, so that recursion ends
+        for name in _names(function.__code__):
+            callee = function.__globals__.get(name)
+            if inspect.isfunction(callee) and callee.__module__.startswith("forgetrain.ops"):
+                visit(callee)
+        done[function.__name__] = done.pop(function.__name__) or inspect.getsource(function)
+
+    for function in functions:
+        visit(function)
+    return "\n\n".join(done.values())
+
+
+def _names(code: types.CodeType) -> list[str]:
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _names(constant)
+    return names

@@ -1,0 +1,72 @@
+"""Rotary position embedding (arXiv 2104.09864) in the half-split layout of Llama: pair i is (x[i], x[i + K/2]).
+
+tables(positions_NS int64, head_dim, theta) -> (cos_NSK, sin_NSK) in fp32, the angles of a pair at both of its places;
+forward(x_NSHK, cos_NSK, sin_NSK) -> x rotated, in x's dtype; backward -> d_x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from forgetrain.ops.variant import Variant
+from forgetrain.ops.vjp import pull, record
+
+
+def rope_tables_textbook_forward(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Angles position · theta^(-2i/K), formed in float64 and rounded once."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+    angles = positions[..., None].double() * torch.pow(theta, -exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rope_tables_fp32_forward(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Angles in fp32 from 1 / theta^(2i/K), as transformers and Megatron form them."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * (1.0 / (theta**exponents))
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rope_textbook_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+    first, second = x[..., :half].float(), x[..., half:].float()
+    out = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return out.to(x.dtype), (cos, sin)
+
+
+def rope_textbook_backward(saved: tuple, d_out: Tensor) -> Tensor:
+    cos, sin = saved
+    half = d_out.shape[-1] // 2
+    first, second = d_out[..., :half].float(), d_out[..., half:].float()
+    return torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1).to(d_out.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rope_rotate_half_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
+    cos, sin = cos[:, :, None, :].to(x.dtype), sin[:, :, None, :].to(x.dtype)
+    return record(lambda x: x * cos + rotate_half(x) * sin, x)
+
+
+def rope_rotate_half_backward(saved: tuple, d_out: Tensor) -> Tensor:
+    return pull(saved, d_out)[0]
+
+
+TABLES = {
+    "textbook": Variant(rope_tables_textbook_forward, None, "angles in float64"),
+    "fp32": Variant(rope_tables_fp32_forward, None, "angles in fp32, as transformers and Megatron"),
+}
+VARIANTS = {
+    "textbook": Variant(rope_textbook_forward, rope_textbook_backward, "rotated in fp32, rounded once"),
+    "rotate_half": Variant(
+        rope_rotate_half_forward,
+        rope_rotate_half_backward,
+        "x·cos + rotate_half(x)·sin in x's dtype, as both references",
+    ),
+}
