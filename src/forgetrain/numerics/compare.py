@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_INTEGER = {torch.float64: torch.int64, torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_INTEGER = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where and by how much ``actual`` differs from ``expected``. ``max_ulp`` is None for different shapes, dtypes or NaN."""
+    """Where and by how much ``actual`` differs from ``expected``; ``max_ulp`` is None where shapes or dtypes differ, or
+    a value is not finite."""
 
     count: int
     total: int

@@ -22,7 +22,7 @@ def clip_textbook_forward(grads: list[Tensor], clip: float) -> Tensor:
 
 def clip_torch_forward(grads: list[Tensor], clip: float) -> Tensor:
     """torch.nn.utils.clip_grad_norm_: the norm of the norms, and clip / (norm + 1e-6)."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0)), 2.0)
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, 2.0) for grad in grads]), 2.0)
     factor = torch.clamp(clip / (norm + 1e-6), max=1.0)
     for grad in grads:
         grad.mul_(factor)

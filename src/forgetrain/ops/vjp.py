@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def record(function: Callable, *inputs: Tensor) -> tuple[Tensor, tuple]:
-    """Runs ``function`` on leaves that share the inputs' memory. Returns its output, detached, and what ``pull`` needs."""
+    """Runs ``function`` on leaves that share the inputs' memory. Returns its output, detached, and what pull needs."""
     leaves = tuple(tensor.detach().requires_grad_() for tensor in inputs)
     with torch.enable_grad():
         out = function(*leaves)

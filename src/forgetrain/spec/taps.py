@@ -53,7 +53,8 @@ def forward_taps(model: Model) -> list[Tap]:
             Tap(p + "mlp.down_proj", "linear", h),
             Tap(p + "mlp_residual", "residual", h),  # the layer's output
         ]
-    return taps + [
+    return [
+        *taps,
         Tap("model.norm", "rmsnorm", h),
         Tap("lm_head", "linear", model.vocab_size),
         Tap("nll", "cross_entropy", None),  # negative log-likelihood of each token, unmasked
