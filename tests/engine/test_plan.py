@@ -25,7 +25,11 @@ def test_choices_leave_out_ops_that_the_model_lacks():
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("attention =", "not valid TOML"), ('atention = "sdpa"', "no such plan key"), ('attention = "sdp"', "no such choice")],
+    [
+        ("attention =", "not valid TOML"),
+        ('atention = "sdpa"', "no such plan key"),
+        ('attention = "sdp"', "no such choice"),
+    ],
 )
 def test_a_bad_plan_is_refused(text, problem, tmp_path):
     (tmp_path / "plan.toml").write_text(text)

@@ -58,6 +58,17 @@ def rope_rotate_half_backward(saved: tuple, d_out: Tensor) -> Tensor:
     return pull(saved, d_out)[0]
 
 
+def rope_heads_first_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
+    """The same on [N, H, S, K]: equal values, but gradients laid out so that sums over them run in another order."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    out, saved = record(lambda x: (h := x.transpose(1, 2)) * cos + rotate_half(h) * sin, x)
+    return out.transpose(1, 2), saved
+
+
+def rope_heads_first_backward(saved: tuple, d_out: Tensor) -> Tensor:
+    return pull(saved, d_out.transpose(1, 2))[0]
+
+
 TABLES = {
     "textbook": Variant(rope_tables_textbook_forward, None, "angles in float64"),
     "fp32": Variant(rope_tables_fp32_forward, None, "angles in fp32, as transformers and Megatron"),
@@ -67,6 +78,11 @@ VARIANTS = {
     "rotate_half": Variant(
         rope_rotate_half_forward,
         rope_rotate_half_backward,
-        "x·cos + rotate_half(x)·sin in x's dtype, as both references",
+        "x·cos + rotate_half(x)·sin in x's dtype, as Megatron",
+    ),
+    "heads_first": Variant(
+        rope_heads_first_forward,
+        rope_heads_first_backward,
+        "the same with heads before positions, as transformers",
     ),
 }
