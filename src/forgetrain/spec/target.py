@@ -209,6 +209,18 @@ class Gates(Section):
         return self
 
 
+class Training(Section):
+    """What ``forgetrain train`` does around the engine's steps; all counts are steps."""
+
+    checkpoint_every: Positive = 500  # besides the last step, and one at every interruption
+    keep_last: Positive = 2  # the newest checkpoints that are kept
+    keep_every: Annotated[int, Field(ge=0)] = 0  # those at multiples of this are kept besides; 0 keeps none
+    eval_every: Positive = 100
+    eval_windows: Positive = 256  # held-out windows at each evaluation, at most; the last evaluation takes all
+    log_every: Positive = 10  # GPU: how often metrics come to the host; on a CPU every step is logged
+    skip_limit: Positive = 10  # so many steps in a row without a finite gradient norm end the run
+
+
 class Search(Section):
     """The budget of ``forgetrain forge``; whichever ends first ends the run."""
 
@@ -227,6 +239,7 @@ class Target(Section):
     data: Data = Data()
     reference: ReferenceSpec = ReferenceSpec()
     gates: Gates = Gates()
+    train: Training = Training()
     search: Search = Search()
 
     @model_validator(mode="after")

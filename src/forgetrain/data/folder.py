@@ -1,0 +1,105 @@
+"""A built data folder: its manifest, checked, and its sources opened.
+
+data = open_data(Path("runs/nano-cpu/data"), target)
+data.sources[0].train.tokens, data.manifest["unigram_loss"]["held_out"]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forgetrain.data.files import read_json, sha256_file
+from forgetrain.data.indexed import TokenFile, suffixed
+from forgetrain.data.tokenizer import TokenizerFolder, open_tokenizer
+from forgetrain.errors import UserError
+from forgetrain.spec.target import Target
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Split:
+    """A run of whole documents of a token file: tokens [T], document_starts int64 [documents + 1], relative to it."""
+
+    tokens: NDArray[Any]
+    document_starts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SourceData:
+    name: str
+    weight: float
+    train: Split
+    held_out: Split
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    folder: Path
+    manifest: dict[str, Any]
+    tokenizer: TokenizerFolder
+    sources: list[SourceData]
+
+    @property
+    def sha256(self) -> str:
+        """What identifies the tokens and their order: SHA-256 of the manifest's hashes, sources and weights."""
+        facts = [self.manifest[key] for key in ("files", "sources", "tokenizer")]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def open_data(folder: Path, target: Target, *, verify: bool = True) -> DataFolder:
+    """Opens what ``build_data`` wrote, for a target.
+
+    ``verify`` compares the SHA-256 of every file (about a second for each gigabyte); sizes are compared always.
+
+    Raises:
+        UserError: nothing there, a file that is missing, truncated or damaged, or data made for another vocabulary.
+    """
+    build = "run forgetrain data build TARGET"
+    manifest = read_json(folder / MANIFEST, f"{build} first")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError("is of another version of the program", file=folder / MANIFEST, remedy=f"{build} --force")
+    if manifest["vocab_size"] != target.model.vocab_size:
+        raise UserError(
+            f"was built for a vocabulary of {manifest['vocab_size']}",
+            file=folder,
+            key="model.vocab_size",
+            value=target.model.vocab_size,
+            remedy=f"{build} --force",
+        )
+    for name, facts in manifest["files"].items():
+        _check(folder / name, facts["sha256"] if verify else None, facts["bytes"], f"{build} --force")
+    sources = []
+    for entry in manifest["sources"]:
+        for suffix, sha256 in entry.get("sha256", {}).items():
+            _check(
+                suffixed(Path(entry["train"]["prefix"]), suffix), sha256 if verify else None, None, f"{build} --force"
+            )
+        splits = [_open_split(folder, entry[split]) for split in ("train", "held_out")]
+        sources.append(SourceData(entry["path"], entry["weight"], *splits))
+    return DataFolder(folder, manifest, open_tokenizer(folder / TOKENIZER, target.model), sources)
+
+
+def _check(path: Path, sha256: str | None, size: int | None, remedy: str) -> None:
+    if not path.is_file():
+        raise UserError("is missing", file=path, remedy=remedy)
+    if size is not None and path.stat().st_size != size:
+        raise UserError(f"is truncated or damaged: {path.stat().st_size} bytes of {size}", file=path, remedy=remedy)
+    if sha256 is not None and sha256_file(path) != sha256:
+        raise UserError("is damaged: its SHA-256 is not the manifest's", file=path, remedy=remedy)
+
+
+def _open_split(folder: Path, entry: dict[str, Any]) -> Split:
+    file = TokenFile(folder / entry["prefix"])  # an absolute prefix replaces the folder
+    first, last = entry["documents"]
+    starts = file.document_starts[first : last + 1]
+    return Split(file.tokens[starts[0] : starts[-1]], starts - starts[0])

@@ -1,0 +1,190 @@
+"""Batches of a training run, as the engine contract has them: any step's batch, on any rank, at once.
+
+    loader = Loader(data, target, rank=0, world=1, device="cpu")
+    batch = loader.batch_at(step=17)
+    for step, batch in loader.batches(first=17, last=100): ...        # the same, read ahead in the background
+    for batch, weight in loader.held_out(): ...                       # mean loss = sum(weight * loss) / sum(weight)
+
+A window is S + 1 tokens of a source's training split; consecutive windows share one token, so that every token is
+predicted once an epoch. Windows cross documents. With ``data.documents = "ignore"`` the model sees a window as one
+text, as Megatron's GPT does by default; otherwise ``cu_seqlens`` is cut at every document too, and no loss is taken
+where the label is the first token of another document.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from forgetrain.data.folder import DataFolder, Split
+from forgetrain.data.order import Order
+from forgetrain.engine.contract import Batch, make_batch
+from forgetrain.errors import UserError
+from forgetrain.spec.target import Target
+
+#: Batches that lie ready before they are asked for.
+AHEAD = 4
+
+
+class Loader:
+    """Rank ``rank`` of ``world`` gets rows [rank·B/world, (rank+1)·B/world) of each global batch of B rows."""
+
+    def __init__(self, data: DataFolder, target: Target, *, rank: int = 0, world: int = 1, device: str = "cpu"):
+        """Raises UserError when B is no multiple of ``world``, or a source holds less than one window."""
+        recipe = target.recipe
+        if recipe.batch_size % world or (recipe.batch_size // world) % recipe.micro_batch_size:
+            raise UserError(
+                f"does not divide into micro-batches of {recipe.micro_batch_size} on {world} ranks",
+                key="recipe.batch_size",
+                value=recipe.batch_size,
+                remedy=f"use a multiple of {recipe.micro_batch_size * world}, or another number of ranks",
+            )
+        self.data, self.rank, self.device = data, rank, device
+        self.length, self.batch_size = recipe.sequence_length, recipe.batch_size
+        self.rows = recipe.batch_size // world
+        self.masked = target.data.documents != "ignore"
+        self.splits = [source.train for source in data.sources]
+        windows = [(len(split.tokens) - 1) // self.length for split in self.splits]
+        for source, count in zip(data.sources, windows, strict=True):
+            if count < 1:
+                raise UserError(
+                    f"holds {len(source.train.tokens)} tokens to train on, less than one window",
+                    file=source.name,
+                    key="recipe.sequence_length",
+                    value=self.length,
+                    remedy="give more text or a shorter sequence",
+                )
+        self.windows = sum(windows)
+        self.order = Order(windows, [source.weight for source in data.sources], recipe.seed)
+        self.pad = data.tokenizer.pad
+
+    def epoch_at(self, step: int) -> float:
+        """How often the training windows have been gone through before ``step``, over all sources."""
+        return step * self.batch_size / self.windows
+
+    def batch_at(self, step: int) -> Batch:
+        """This rank's rows of a step's batch; a pure function of the target's seed, the data, and its arguments."""
+        places = self.order.at(step * self.batch_size, self.batch_size)
+        starts = places.window * self.length
+        mine = slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+        pieces = [
+            self.splits[source].tokens[start : start + self.length + 1]
+            for source, start in zip(places.source[mine], starts[mine], strict=True)
+        ]
+        denominator = self.batch_size * self.length
+        boundaries, mask = None, None
+        if self.masked:
+            boundaries, mask = self._documents(places.source[mine], starts[mine])
+            denominator -= self._boundaries_within(places.source, starts)
+        return self._batch(np.stack(pieces), mask, boundaries, denominator)
+
+    def batches(self, first: int, last: int) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) for steps ``first`` to ``last`` - 1, prepared by a thread ahead of time."""
+        ready: queue.Queue[Any] = queue.Queue(AHEAD)
+        stop = threading.Event()
+
+        def offer(item: Any) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def work() -> None:
+            try:
+                for step in range(first, last):
+                    if not offer((step, self.batch_at(step))):
+                        return
+                offer(None)
+            except BaseException as error:  # carried to the thread that waits for the batch
+                offer(error)
+
+        thread = threading.Thread(target=work, name="forgetrain-loader", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def held_out(self, limit: int | None = None) -> Iterator[tuple[Batch, float]]:
+        """Batches over the held-out documents in order, and the tokens each counts on this rank; every rank gets
+        equally many, of which the last may count none. ``limit`` bounds the windows, spread over each source."""
+        places = self._held_out_places(limit)
+        for first in range(0, len(places), self.batch_size):
+            rows = places[first : first + self.batch_size][self.rank :: self.batch_size // self.rows]
+            tokens = np.full((self.rows, self.length + 1), self.pad, np.int64)
+            mask = np.zeros((self.rows, self.length), np.float32)
+            cuts = []
+            for row, (split, start) in enumerate(rows):
+                piece = split.tokens[start : start + self.length + 1]
+                tokens[row, : len(piece)] = piece
+                mask[row, : len(piece) - 1] = 1
+                if self.masked:
+                    inside = _starts_within(split, start, self.length)
+                    mask[row, inside - 1] = 0
+                    cuts.append(row * self.length + inside[inside < self.length])
+            counted = float(mask.sum())
+            boundaries = np.concatenate(cuts) if cuts else None
+            yield self._batch(tokens, mask, boundaries, max(counted, 1.0)), counted
+
+    def _held_out_places(self, limit: int | None) -> list[tuple[Split, int]]:
+        places = []
+        for source in self.data.sources:
+            split = source.held_out
+            starts = range(0, len(split.tokens) - 1, self.length)
+            if limit is not None and len(starts) > (share := max(1, limit // len(self.data.sources))):
+                starts = [starts[i * len(starts) // share] for i in range(share)]
+            places += [(split, start) for start in starts]
+        return places
+
+    def _documents(self, sources: Any, starts: Any) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        mask = np.ones((len(starts), self.length), np.float32)
+        cuts = [np.zeros(0, np.int64)]
+        for row, (source, start) in enumerate(zip(sources, starts, strict=True)):
+            inside = _starts_within(self.splits[source], start, self.length)
+            mask[row, inside - 1] = 0
+            cuts.append(row * self.length + inside[inside < self.length])
+        return np.concatenate(cuts), mask
+
+    def _boundaries_within(self, sources: NDArray[np.int64], starts: NDArray[np.int64]) -> int:
+        total = 0
+        for source in np.unique(sources):
+            first, bounds = starts[sources == source], self.splits[source].document_starts
+            ends = np.searchsorted(bounds, first + self.length, side="right")
+            total += int((ends - np.searchsorted(bounds, first, side="right")).sum())
+        return total
+
+    def _batch(
+        self, tokens: NDArray[Any], mask: NDArray[Any] | None, boundaries: NDArray[Any] | None, denominator: float
+    ) -> Batch:
+        window = torch.from_numpy(tokens.astype(np.int64))
+        batch = make_batch(
+            window[:, :-1].contiguous(),
+            window[:, 1:].contiguous(),
+            None if mask is None else torch.from_numpy(mask),
+            None if boundaries is None else torch.from_numpy(boundaries),
+        )._replace(loss_denominator=torch.tensor(float(denominator)))
+        if self.device == "cpu":
+            return batch
+        return Batch(*(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch))
+
+
+def _starts_within(split: Split, start: int, length: int) -> NDArray[np.int64]:
+    """Where documents begin in the ``length`` tokens after ``start``, relative to it: 1 to ``length``.
+
+    The label at position p - 1 is the first token of a document that begins at p.
+    """
+    first, last = np.searchsorted(split.document_starts, [start, start + length], side="right")
+    return split.document_starts[first:last] - start

@@ -1,0 +1,110 @@
+"""Which window of which source is the g-th of the training run: a pure function, computed without a permutation list.
+
+    order = Order(windows=[1000, 50], weights=[3, 1], seed=0)
+    order.at(first=step * batch_size, count=batch_size)      # Places(source, epoch, window)
+
+A run is one global sequence of windows. Step t of batch size B takes windows t·B to (t+1)·B, and rank r of R the r-th
+R-th of them; so resuming costs nothing, and another world size meets the same windows in the same order.
+
+Sources are mixed by a fixed cycle in which each appears as often as its weight says, spread evenly. Within a source
+each pass (epoch) visits every window once, in an order of its own drawn from (seed, source, epoch): a Feistel network
+permutes the numbers below a power of four, and cycle walking (Black and Rogaway 2002) narrows that to the windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ROUNDS = 6
+#: The mixing cycle is at most this long; weights whose exact ratios need a longer one are rounded to it.
+_LONGEST_CYCLE = 4096
+
+
+class Places(NamedTuple):
+    """int64 [count] each: the source, how often it has been gone through before, and the window in it."""
+
+    source: NDArray[np.int64]
+    epoch: NDArray[np.int64]
+    window: NDArray[np.int64]
+
+
+class Order:
+    def __init__(self, windows: Sequence[int], weights: Sequence[float], seed: int):
+        self.windows, self.seed = list(windows), seed
+        self.cycle = mixing_cycle(weights)
+        appears = self.cycle[None, :] == np.arange(len(windows))[:, None]
+        self._before = np.cumsum(appears, axis=1) - appears  # [sources, cycle]: appearances before that place
+        self._each = appears.sum(axis=1)
+
+    def at(self, first: int, count: int) -> Places:
+        """The places of windows ``first`` to ``first + count`` of the global sequence."""
+        number = np.arange(first, first + count, dtype=np.int64)
+        turn, slot = np.divmod(number, len(self.cycle))
+        source = self.cycle[slot]
+        nth = turn * self._each[source] + self._before[source, slot]
+        epoch, window = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        for s in np.unique(source):
+            rows = source == s
+            epoch[rows], inside = np.divmod(nth[rows], self.windows[s])
+            shuffled = np.zeros_like(inside)
+            for e in np.unique(epoch[rows]):
+                same = epoch[rows] == e
+                shuffled[same] = permute(inside[same], self.windows[s], (self.seed, int(s), int(e)))
+            window[rows] = shuffled
+        return Places(source, epoch, window)
+
+
+def mixing_cycle(weights: Sequence[float]) -> NDArray[np.int64]:
+    """Source numbers in which each source's share is its weight's, exactly where a cycle of 4096 can hold it.
+
+    Smooth weighted round robin: each place goes to the source that is furthest behind its share.
+    """
+    fractions = [Fraction(weight).limit_denominator(1000) for weight in weights]
+    scale = math.lcm(*(f.denominator for f in fractions))
+    shares = [int(f * scale) for f in fractions]
+    divisor = math.gcd(*shares)
+    shares = [share // divisor for share in shares] if divisor else [0] * len(shares)
+    if min(shares) == 0 or sum(shares) > _LONGEST_CYCLE:
+        total = math.fsum(weights)
+        shares = [max(1, round(weight / total * _LONGEST_CYCLE)) for weight in weights]
+    credit, cycle = np.zeros(len(shares), np.int64), np.zeros(sum(shares), np.int64)
+    for place in range(len(cycle)):
+        credit += shares
+        cycle[place] = chosen = int(np.argmax(credit))
+        credit[chosen] -= len(cycle)
+    return cycle
+
+
+def permute(index: NDArray[np.int64], n: int, key: tuple[Any, ...]) -> NDArray[np.int64]:
+    """Where a pseudo-random permutation of the numbers below ``n``, chosen by ``key``, sends each of ``index``."""
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    digest = hashlib.shake_256(repr(key).encode()).digest(8 * _ROUNDS)
+    keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+    out = index.astype(np.uint64)
+    outside = np.ones(len(out), bool)
+    while outside.any():
+        out[outside] = _feistel(out[outside], half, keys)
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+def _feistel(value: NDArray[np.uint64], half: int, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    width, low = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = value >> width, value & low
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & low)
+    return (left << width) | right
+
+
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
