@@ -1,0 +1,483 @@
+"""An engine in a process of its own, seen through the engine contract.
+
+    with EngineProcess("runs/nano-cpu/engine/engine.py", target) as engine:
+        engine.load(weights)
+        result = engine.step(batch, lr=1e-3)
+
+The child only ever emits tensors, and every one is checked against the shape and dtype that it must have before its
+memory is allocated. With ``ranks`` > 1 there is one process a rank, each gets its rows of the global batch, and
+shards of state are put together here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forgetrain.engine import admit, serve, tree
+from forgetrain.engine.contract import Batch, Shard, StepResult
+from forgetrain.engine.protocol import Channel, Closed, Message, ProtocolError, Spec, shape_of
+from forgetrain.errors import UserError
+from forgetrain.numerics.compare import bits
+from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
+from forgetrain.spec.taps import tap_names
+from forgetrain.spec.target import Target
+
+SERVE = Path(serve.__file__)
+_TAIL = 64 << 10  # bytes kept of what a child prints
+_WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
+#: What a stranger's engine sees of this process's environment: where programs, libraries and GPUs are.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
+
+
+class EngineFailure(Exception):
+    """The engine's process did not do what the contract says.
+
+    ``kind``: ``raised`` (an exception in the engine), ``crashed`` (the process ended), ``timeout``, ``garbage`` (not
+    the protocol, or a wrong name, shape or dtype), ``disagree`` (ranks that must be equal are not), ``limit`` (too
+    many processes or too much memory). ``detail``: the traceback of what was raised, else empty.
+    """
+
+    def __init__(self, kind: str, message: str, detail: str = ""):
+        self.kind, self.detail = kind, detail
+        super().__init__(message)
+
+
+class EngineProcess:
+    """Starts the process, builds the engine, and meets the engine contract until ``close()``.
+
+    Args:
+        module: the path of a flat engine file (ends in .py), run with a minimal environment; or the dotted name of an
+            importable module with ``build``, run in this environment.
+        precision, device: the target's unless given. threads: of each rank, the target's unless given.
+        ranks: processes; collectives over gloo (cpu) or nccl (cuda).
+        wrap: puts a sandbox's command around the child's command line.
+        deterministic: whether torch is asked for deterministic algorithms only.
+        limits: resource limits by name without RLIMIT_ (serve.py sets them), and ``processes`` and ``resident`` (bytes)
+            of the whole tree, which a thread here watches.
+        timeout: seconds until an answer has come whole; build_timeout: the same for import and build.
+
+    Raises:
+        EngineFailure: from every method; the process is dead then.
+    """
+
+    def __init__(
+        self,
+        module: str | Path,
+        target: Target,
+        *,
+        precision: str | None = None,
+        device: str | None = None,
+        ranks: int = 1,
+        threads: int | None = None,
+        wrap: Callable[[list[str]], list[str]] | None = None,
+        deterministic: bool = True,
+        limits: Mapping[str, int] | None = None,
+        timeout: float = 300.0,
+        build_timeout: float = 600.0,
+    ):
+        self.target, self.ranks, self.timeout = target, ranks, timeout
+        self.precision = precision or target.precision.dtype
+        self.device = device or target.hardware.device
+        self._shapes = target.model.parameter_shapes()
+        self._failure: EngineFailure | None = None
+        self._killing = threading.Lock()
+        flat = str(module).endswith(".py")
+        if flat and not Path(module).is_file():
+            raise UserError("no such engine file", file=module, remedy="forgetrain align writes one")
+        limits = dict(limits or {})
+        watched = limits.pop("processes", None), limits.pop("resident", None)
+        pairs = [socket.socketpair() for _ in range(ranks)]
+        self._channels = [Channel(ours) for ours, _ in pairs]
+        numbers = [theirs.fileno() for _, theirs in pairs]
+        # -P: no folder of the script on the path; -B: no bytecode beside anybody's file
+        argv = [sys.executable, "-P", "-B", str(SERVE), "--engine", str(Path(module).resolve() if flat else module)]
+        argv += ["--channels", ",".join(map(str, numbers)), "--limits", json.dumps(limits)]
+        try:
+            self._process = subprocess.Popen(
+                wrap(argv) if wrap else argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=numbers,
+                start_new_session=True,
+                env=_environment(flat, self.device),
+            )
+        except OSError:
+            for channel in self._channels:
+                channel.close()
+            raise
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
+        self._printed = _Tail(self._process.stdout), _Tail(self._process.stderr)
+        self._closing = threading.Event()
+        if any(watched):
+            threading.Thread(target=self._watch, args=watched, daemon=True).start()
+        try:
+            self._build(threads or target.hardware.threads, deterministic, build_timeout)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> EngineProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The contract
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        self._ask("load", {}, [list(weights.items())] * self.ranks, admit.nothing)
+
+    def step(self, batch: Any, lr: float) -> StepResult:
+        """One step on the global batch; ranks must return equal results, bit for bit."""
+        answers = self._ask("step", {"lr": float(lr)}, self._split(batch), admit.items("loss", "grad_norm", "applied"))
+        results = [dict(answer.tensors) for answer in answers]
+        for name in admit.ITEMS:
+            if not all(_same(results[0][name], result[name]) for result in results[1:]):
+                raise self._fail("disagree", f"ranks return different values of {name}")
+        return StepResult(**results[0])
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean loss over the global batch's mask, float32 []."""
+        parts = self._split(batch)
+        answers = self._ask("loss", {}, parts, admit.items("loss"))
+        if self.ranks == 1:
+            return answers[0].tensors[0][1]
+        losses = torch.stack([answer.tensors[0][1].double() for answer in answers])
+        weights = torch.stack([dict(part)["mask"].double().sum().cpu() for part in parts])
+        return (torch.where(weights > 0, losses * weights, 0.0).sum() / weights.sum()).float()
+
+    def state(self) -> dict[str, Shard]:
+        """The whole state as full tensors; shards must cover it exactly, and replicas must be equal bit for bit."""
+        answers = self._ask("state", {}, [[]] * self.ranks, self._admit_state)
+        merged: dict[str, Shard] = {}
+        for name, shape in self._state_shapes().items():
+            pieces = []
+            for answer in answers:
+                tensors = dict(answer.tensors)
+                offsets = {place[0]: place[2] for place in answer.fields["shards"]}
+                if name in tensors:
+                    pieces.append((tensors[name], tuple(offsets[name])))
+            merged[name] = Shard(self._merge(name, shape, pieces), shape, (0,) * len(shape))
+        return merged
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes a state of full tensors (Shards or plain tensors), as ``state()`` returns it."""
+        tensors = [(name, getattr(shard, "tensor", shard)) for name, shard in state.items()]
+        self._ask("restore", {}, [tensors] * self.ranks, admit.nothing)
+
+    def probe(self, batch: Any) -> Iterator[tuple[str, Tensor]]:
+        """(tap, tensor) as they come; with several ranks the first rank's. Order and shapes are the gates' business,
+        number and size are bounded here."""
+        r = self.target.recipe
+        names = 2 * len(tap_names(self.target.model, max(1, -(-batch.tokens.shape[0] // r.micro_batch_size))))
+        largest = max(
+            batch.tokens.numel() * max(self._widths()), *(torch.Size(s).numel() for s in self._shapes.values())
+        )
+        deadline = time.monotonic() + self.timeout
+        self._send("probe", {}, self._split(batch), deadline)
+        counts = dict.fromkeys(range(self.ranks), 0)
+        wanted = True
+        while counts:
+            rank = self._next(counts, deadline)
+            answer = self._receive(rank, deadline, admit.tap(largest * 8))
+            counts[rank] += 1
+            if answer.kind == "done":
+                del counts[rank]
+            elif counts[rank] > names:
+                raise self._fail("garbage", f"probe yields more than {names} taps")
+            elif rank == 0 and wanted:
+                asked = time.monotonic()
+                try:
+                    yield admit.printable(answer.tensors[0][0]), answer.tensors[0][1]
+                except GeneratorExit:
+                    wanted = False  # the rest is still read, so that the next answer is the next request's
+                deadline += time.monotonic() - asked
+
+    def close(self) -> None:
+        """Ends the process and everything that it started."""
+        self._closing.set()
+        self._kill()
+        for channel in self._channels:
+            channel.close()
+        for tail in self._printed:
+            tail.close()
+
+    # What a judge needs besides
+
+    def pause(self) -> None:
+        """Stops every process of the engine, so that it cannot work while another one is on the clock."""
+        tree.send_signal(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        tree.send_signal(self._process.pid, signal.SIGCONT)
+
+    def usage(self) -> tree.Usage:
+        return tree.usage(self._process.pid)
+
+    def peak_memory(self) -> int:
+        """Bytes: on a CPU the highest resident size of the tree as the kernel counted it, on a GPU what torch in the
+        child says that its allocator held at most, over ranks."""
+        if self.device == "cpu":
+            return tree.peak_memory(self._process.pid)
+        answers = self._ask("memory", {}, [[]] * self.ranks, admit.memory)
+        return sum(answer.fields["device_peak_bytes"] for answer in answers)
+
+    def printed(self) -> tuple[str, str]:
+        """The ends of the child's stdout and stderr."""
+        out, err = self._printed
+        return out.text(), err.text()
+
+    # Talking to the child
+
+    def _build(self, threads: int, deterministic: bool, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        self._answers(deadline, admit.ready)
+        fields = {
+            "target": self.target.plain(),
+            "device": self.device,
+            "precision": self.precision,
+            "threads": threads,
+            "deterministic": deterministic,
+            "timeout": timeout,
+        }
+        self._send("build", fields, [[]] * self.ranks, deadline)
+        self._answers(deadline, admit.nothing)
+
+    def _ask(self, kind: str, fields: dict, tensors: list[list[tuple[str, Tensor]]], check: Callable) -> list[Message]:
+        deadline = time.monotonic() + self.timeout
+        self._send(kind, fields, tensors, deadline)
+        return self._answers(deadline, check)
+
+    def _send(self, kind: str, fields: dict, tensors: list[list[tuple[str, Tensor]]], deadline: float) -> None:
+        if self._failure is not None:
+            raise self._failure
+        for channel, items in zip(self._channels, tensors, strict=True):
+            try:
+                channel.send(kind, fields, items, deadline)
+            except Closed:
+                raise self._fail(*self._obituary()) from None
+            except TimeoutError:
+                raise self._fail("timeout", f"the engine did not take its input for {kind} in time") from None
+
+    def _answers(self, deadline: float, check: Callable) -> list[Message]:
+        """One answer from each rank."""
+        waiting = set(range(self.ranks))
+        answers: dict[int, Message] = {}
+        while waiting:
+            rank = self._next(waiting, deadline)
+            answers[rank] = self._receive(rank, deadline, check)
+            waiting.remove(rank)
+        return [answers[rank] for rank in range(self.ranks)]
+
+    def _next(self, waiting: Collection[int], deadline: float) -> int:
+        """A rank that has something to say, or is dead: when one rank dies, the others wait for it for ever."""
+        poll = select.poll()
+        numbers = {self._channels[rank].socket.fileno(): rank for rank in waiting}
+        for number in numbers:
+            poll.register(number, select.POLLIN)
+        while True:
+            ready = poll.poll(min(1.0, max(0.0, deadline - time.monotonic())) * 1000)
+            if ready:
+                return numbers[ready[0][0]]
+            if self._failure is not None:
+                raise self._failure
+            if self._exit_status(0) is not None:
+                raise self._fail(*self._obituary())
+            if time.monotonic() >= deadline:
+                raise self._fail("timeout", f"no answer within the time allowed{self._last_line()}")
+
+    def _receive(self, rank: int, deadline: float, check: Callable) -> Message:
+        def check_or_error(kind: str, fields: dict[str, Any], specs: list[Spec]) -> None:
+            if kind == "error" and isinstance(fields.get("text"), str) and not specs:
+                raise _Raised(admit.printable(fields["text"]))
+            check(kind, fields, specs)
+
+        try:
+            return self._channels[rank].receive(deadline, check_or_error)
+        except _Raised as error:
+            detail = str(error).strip()
+            raise self._fail("raised", f"the engine raised {detail.rpartition(chr(10))[2]}", detail) from None
+        except ProtocolError as error:
+            raise self._fail("garbage", f"{admit.printable(str(error))}{self._last_line()}") from None
+        except Closed:
+            raise self._fail(*self._obituary()) from None
+        except TimeoutError:
+            raise self._fail("timeout", f"no whole answer within the time allowed{self._last_line()}") from None
+
+    # What arrives must be
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        kinds = ("master", "exp_avg", "exp_avg_sq")
+        return {**{f"{kind}/{name}": shape for kind in kinds for name, shape in self._shapes.items()}, "step": ()}
+
+    def _admit_state(self, kind: str, fields: dict[str, Any], specs: list[Spec]) -> None:
+        expected = self._state_shapes()
+        places = fields.get("shards")
+        if kind != "state" or not isinstance(places, list) or len(places) != len(specs):
+            raise ProtocolError("expected a state with one place for each tensor")
+        if len({spec.name for spec in specs}) != len(specs):
+            raise ProtocolError("the state names a tensor twice")
+        for spec, place in zip(specs, places, strict=True):
+            if spec.name not in expected:
+                raise ProtocolError(f"the state has {spec.name!r:.200}, which the contract does not know")
+            if not (isinstance(place, list) and len(place) == 3 and place[0] == spec.name):
+                raise ProtocolError(f"{spec.name} has no place")
+            shape, offsets = shape_of(place[1]), shape_of(place[2])
+            if shape != expected[spec.name] or spec.dtype != (torch.int64 if spec.name == "step" else torch.float32):
+                raise ProtocolError(f"{spec.name} is {spec.dtype} {list(shape)}, not of the target's shape and type")
+            fits = len(offsets) == len(spec.shape) == len(shape)
+            if not fits or any(o + n > g for o, n, g in zip(offsets, spec.shape, shape, strict=True)):
+                raise ProtocolError(f"{spec.name} {list(spec.shape)} at {list(offsets)} is not within {list(shape)}")
+
+    def _merge(self, name: str, shape: tuple[int, ...], pieces: list[tuple[Tensor, tuple[int, ...]]]) -> Tensor:
+        if pieces and all(piece.shape == shape for piece, _ in pieces):
+            whole, rest = pieces[0][0], [piece for piece, _ in pieces[1:]]
+            if not all(_same(whole, piece) for piece in rest):
+                raise self._fail("disagree", f"ranks hold different values of {name}")
+            return whole
+        whole = torch.zeros(shape, dtype=torch.int64 if name == "step" else torch.float32)
+        covered = torch.zeros(shape, dtype=torch.bool)
+        for piece, offsets in pieces:
+            region = tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))
+            both = covered[region]
+            if not _same(whole[region][both], piece[both]):
+                raise self._fail("disagree", f"ranks hold different values of {name}")
+            whole[region], covered[region] = piece, True
+        if not bool(covered.all()):
+            missing = int((~covered).sum())
+            raise self._fail("garbage", f"the shards of {name} leave out {missing} of its {covered.numel()} elements")
+        return whole
+
+    def _widths(self) -> list[int]:
+        m = self.target.model
+        return [m.hidden_size, m.intermediate_size, m.vocab_size, m.num_attention_heads * m.head_dim]
+
+    def _split(self, batch: Any) -> list[list[tuple[str, Tensor]]]:
+        """Rank r's rows, r * N / R to (r + 1) * N / R, with the global denominator."""
+        n, s = batch.tokens.shape
+        if n % self.ranks:
+            raise UserError(f"a batch of {n} rows does not divide over {self.ranks} ranks", remedy="choose a multiple")
+        rows, parts = n // self.ranks, []
+        for rank in range(self.ranks):
+            own = slice(rank * rows, (rank + 1) * rows)
+            part = batch
+            if self.ranks > 1:
+                places = batch.cu_seqlens.cpu()
+                first, last = rank * rows * s, (rank + 1) * rows * s
+                inside = places[(places >= first) & (places < last)] - first
+                cu_seqlens = torch.full((rows * s + 1,), rows * s, dtype=torch.int32)
+                cu_seqlens[: inside.numel()] = inside
+                part = Batch(batch.tokens[own], batch.labels[own], batch.mask[own], cu_seqlens, batch.loss_denominator)
+            parts.append([(name, getattr(part, name)) for name in Batch._fields])
+        return parts
+
+    # Life and death
+
+    def _fail(self, kind: str, message: str, detail: str = "") -> EngineFailure:
+        """The failure to raise; the first one stays the reason, and the process does not outlive it."""
+        if self._failure is None:
+            self._failure = EngineFailure(kind, message, detail)
+        self._kill()
+        return self._failure
+
+    def _exit_status(self, seconds: float) -> int | None:
+        """As Popen.returncode, without reaping: until then nobody else can get the group's number, which is killed."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if self._process.returncode is not None:
+                return self._process.returncode
+            done = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if done is not None:
+                return done.si_status if done.si_code == os.CLD_EXITED else -done.si_status
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.01)
+
+    def _obituary(self) -> tuple[str, str]:
+        code = self._exit_status(5.0)
+        if code is None:
+            return "crashed", f"the engine closed its channel{self._last_line()}"
+        number = -code if code < 0 else code - 128  # what bubblewrap and the supervisor of ranks say for a signal
+        name = signal.Signals(number).name if number in set(signal.Signals) else None
+        how = f"was killed by {name}" if name else f"ended with exit code {code}"
+        return "crashed", f"the engine's process {how}{self._last_line()}"
+
+    def _last_line(self) -> str:
+        lines = [line for line in self._printed[1].text().splitlines() if line.strip()]
+        return f"; its last line on stderr: {lines[-1].strip()[:400]}" if lines else ""
+
+    def _kill(self) -> None:
+        with self._killing:
+            if self._process.returncode is None:
+                tree.kill(self._process.pid)
+                self._process.wait()
+
+    def _watch(self, processes: int | None, resident: int | None) -> None:
+        while not self._closing.wait(_WATCH):
+            used = tree.usage(self._process.pid)
+            if processes is not None and used.processes > processes:
+                self._fail("limit", f"the engine has {used.processes} processes, {processes} are allowed")
+            elif resident is not None and used.resident_bytes > resident:
+                gib = used.resident_bytes / 2**30, resident / 2**30
+                self._fail("limit", f"the engine uses {gib[0]:.1f} GiB of memory, {gib[1]:.1f} are allowed")
+            else:
+                continue
+            return
+
+
+class _Raised(Exception):
+    """The text of an exception in the engine."""
+
+
+class _Tail:
+    """Drains a pipe for ever, so that a child never blocks on printing, and keeps the last of it."""
+
+    def __init__(self, pipe: Any):
+        self._pipe, self._chunks, self._size = pipe, deque[bytes](), 0
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._drain, daemon=True)
+        self._thread.start()
+
+    def text(self) -> str:
+        with self._lock:
+            return admit.printable(b"".join(self._chunks)[-_TAIL:].decode(errors="replace"))
+
+    def close(self) -> None:
+        self._thread.join(timeout=1)  # what the dead child printed last is still in the pipe
+        if not self._thread.is_alive():
+            self._pipe.close()
+
+    def _drain(self) -> None:
+        while chunk := os.read(self._pipe.fileno(), _TAIL):
+            with self._lock:
+                self._chunks.append(chunk)
+                self._size += len(chunk)
+                while self._size - len(self._chunks[0]) > _TAIL:
+                    self._size -= len(self._chunks.popleft())
+
+
+def _environment(flat: bool, device: str) -> dict[str, str]:
+    base = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} if flat else dict(os.environ)
+    return {**base, **(CUDA_ENVIRONMENT if device == "cuda" else {})}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(bits(one), bits(other))

@@ -1,0 +1,219 @@
+"""The process of an engine: loads one module, and answers build, load, step, loss, state, restore and probe.
+
+Run by ``forgetrain.engine.process``, with ``protocol.py`` beside this file and nothing else of this project, so that
+it also runs in a sandbox. The protocol has a socket of its own: what an engine prints cannot end up in a message.
+
+    serve.py --engine engine.py --channels 5          one process
+    serve.py --engine engine.py --channels 5,6        starts one process a rank, and is their process group's maker
+
+It holds no secrets and takes no verdicts; an engine that breaks out of it into this process gains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+PR_SET_PDEATHSIG = 1
+
+
+class Batch(NamedTuple):
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor
+    cu_seqlens: Tensor
+    loss_denominator: Tensor
+
+
+class Shard(NamedTuple):
+    tensor: Tensor
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def load_file(path: Path, name: str) -> ModuleType:
+    """Imports one file under ``name``, without putting its folder on the path."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and compiled functions look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+class Server:
+    """Answers requests on one channel, for one rank."""
+
+    def __init__(self, channel: Any, engine: str, rank: int, ranks: int, store: str):
+        self.channel, self.module, self.rank, self.ranks, self.store = channel, engine, rank, ranks, store
+        self.device = "cpu"
+        self.engine: Any = None
+
+    def run(self) -> None:
+        self.channel.send("ready", {"torch": torch.__version__})
+        while True:
+            request = self.channel.receive()
+            if request.kind == "close":
+                return
+            try:
+                answer = getattr(self, "on_" + request.kind)(request.fields, dict(request.tensors))
+                self.channel.send(*answer)
+            except Exception:  # whatever an engine raises is reported, and the parent decides
+                self.channel.send("error", {"text": traceback.format_exc()[-8000:]})
+
+    def on_build(self, fields: dict[str, Any], _: Mapping[str, Tensor]) -> tuple:
+        self.device = fields["device"]
+        torch.set_num_threads(fields["threads"])
+        if fields["deterministic"]:
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False
+        mesh = None
+        if self.device == "cuda":
+            self.device = f"cuda:{self.rank}"
+            torch.cuda.set_device(self.rank)
+        if self.ranks > 1:
+            mesh = self._make_mesh(fields["device"], fields["timeout"])
+        path = Path(self.module)
+        module = load_file(path, "engine") if path.suffix == ".py" else importlib.import_module(self.module)
+        self.engine = module.build(fields["target"], device=self.device, precision=fields["precision"], mesh=mesh)
+        return ("done",)
+
+    def _make_mesh(self, device: str, timeout: float) -> Any:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one host; a sandbox has no other interface
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            init_method=f"file://{self.store}/rendezvous",
+            rank=self.rank,
+            world_size=self.ranks,
+            timeout=timedelta(seconds=timeout),
+        )
+        return init_device_mesh(device, (self.ranks,), mesh_dim_names=("data",))
+
+    def on_load(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
+        self.engine.load({name: tensor.to(self.device) for name, tensor in tensors.items()})
+        self._synchronize()
+        return ("done",)
+
+    def on_step(self, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
+        result = self.engine.step(self._batch(tensors), fields["lr"])
+        self._synchronize()  # the update too happens on the parent's clock
+        names = ("loss", "grad_norm", "applied")
+        return "result", {}, [(name, getattr(result, name)) for name in names]
+
+    def on_loss(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
+        return "result", {}, [("loss", self.engine.loss(self._batch(tensors)))]
+
+    def on_state(self, _: dict[str, Any], __: Mapping[str, Tensor]) -> tuple:
+        state = self.engine.state()
+        places = [[name, list(shard.global_shape), list(shard.offsets)] for name, shard in state.items()]
+        return "state", {"shards": places}, [(name, shard.tensor) for name, shard in state.items()]
+
+    def on_restore(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
+        state = {
+            name: Shard(tensor.to(self.device), tuple(tensor.shape), (0,) * tensor.dim())
+            for name, tensor in tensors.items()
+        }
+        self.engine.restore(state)
+        self._synchronize()
+        return ("done",)
+
+    def on_probe(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
+        for name, tensor in self.engine.probe(self._batch(tensors)):
+            self.channel.send("tap", {}, [(name, tensor)])
+        return ("done",)
+
+    def on_memory(self, _: dict[str, Any], __: Mapping[str, Tensor]) -> tuple:
+        peak = torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else 0
+        return "memory", {"device_peak_bytes": peak}
+
+    def _batch(self, tensors: Mapping[str, Tensor]) -> Batch:
+        return Batch(**{name: tensor.to(self.device) for name, tensor in tensors.items()})
+
+    def _synchronize(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+
+def set_limits(limits: Mapping[str, int]) -> None:
+    """Resource limits by their names in ``resource``, without the RLIMIT_ prefix; a core is never dumped."""
+    for name, value in {"CORE": 0, **limits}.items():
+        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
+
+
+def die_with_parent() -> None:
+    """On Linux, asks the kernel to kill this process when its parent dies, whatever the engine is doing then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def supervise(arguments: argparse.Namespace, channels: list[int]) -> int:
+    """Starts one process a rank in this process's namespaces; the first that fails ends them all."""
+    with tempfile.TemporaryDirectory() as store:
+        ranks = []
+        for rank, number in enumerate(channels):
+            command = [sys.executable, "-P", "-B", __file__, "--engine", arguments.engine, "--channels", str(number)]
+            command += ["--rank", str(rank), "--ranks", str(len(channels)), "--store", store]
+            ranks.append(subprocess.Popen(command, pass_fds=[number]))
+            os.close(number)  # so that a rank's death is the end of its channel
+        code = 0
+        for _ in ranks:
+            _, status = os.wait()
+            code = code or os.waitstatus_to_exitcode(status)
+            if code:
+                for process in ranks:
+                    process.kill()
+        return 128 - code if code < 0 else code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", required=True, help="a path that ends in .py, or a dotted module name")
+    parser.add_argument("--channels", required=True, help="inherited sockets' numbers, one a rank")
+    parser.add_argument("--limits", type=json.loads, default={}, help="JSON object of resource limits")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--store", default="", help="a folder in which ranks find each other")
+    arguments = parser.parse_args()
+    die_with_parent()
+    set_limits(arguments.limits)
+    channels = [int(number) for number in arguments.channels.split(",")]
+    if len(channels) > 1:
+        return supervise(arguments, channels)
+    protocol = load_file(Path(__file__).with_name("protocol.py"), "forgetrain_protocol")
+    channel = protocol.Channel(socket.socket(fileno=channels[0]))
+    try:
+        Server(channel, arguments.engine, arguments.rank, arguments.ranks, arguments.store).run()
+    except protocol.Closed:
+        return 0  # the parent is gone or has closed the channel
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads that an engine left behind do not keep the process
