@@ -104,8 +104,9 @@ class EngineProcess:
         pairs = [socket.socketpair() for _ in range(ranks)]
         self._channels = [Channel(ours) for ours, _ in pairs]
         numbers = [theirs.fileno() for _, theirs in pairs]
-        # -P: no folder of the script on the path; -B: no bytecode beside anybody's file
-        argv = [sys.executable, "-P", "-B", str(SERVE), "--engine", str(Path(module).resolve() if flat else module)]
+        # -P: no folder of the script on the path; -B: no bytecode beside anybody's file; -u: last words are not lost
+        engine = str(Path(module).resolve() if flat else module)
+        argv = [sys.executable, "-P", "-B", "-u", str(SERVE), "--engine", engine]
         argv += ["--channels", ",".join(map(str, numbers)), "--limits", json.dumps(limits)]
         try:
             self._process = subprocess.Popen(
@@ -402,9 +403,10 @@ class EngineProcess:
         """As Popen.returncode, without reaping: until then nobody else can get the group's number, which is killed."""
         deadline = time.monotonic() + seconds
         while True:
-            if self._process.returncode is not None:
-                return self._process.returncode
-            done = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            with self._killing:
+                if self._process.returncode is not None:
+                    return self._process.returncode
+                done = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if done is not None:
                 return done.si_status if done.si_code == os.CLD_EXITED else -done.si_status
             if time.monotonic() >= deadline:

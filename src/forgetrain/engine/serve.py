@@ -122,10 +122,10 @@ class Server:
         result = self.engine.step(self._batch(tensors), fields["lr"])
         self._synchronize()  # the update too happens on the parent's clock
         names = ("loss", "grad_norm", "applied")
-        return "result", {}, [(name, getattr(result, name)) for name in names]
+        return "result", {}, [(name, getattr(result, name).cpu()) for name in names]
 
     def on_loss(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
-        return "result", {}, [("loss", self.engine.loss(self._batch(tensors)))]
+        return "result", {}, [("loss", self.engine.loss(self._batch(tensors)).cpu())]
 
     def on_state(self, _: dict[str, Any], __: Mapping[str, Tensor]) -> tuple:
         state = self.engine.state()
@@ -175,7 +175,8 @@ def supervise(arguments: argparse.Namespace, channels: list[int]) -> int:
     with tempfile.TemporaryDirectory() as store:
         ranks = []
         for rank, number in enumerate(channels):
-            command = [sys.executable, "-P", "-B", __file__, "--engine", arguments.engine, "--channels", str(number)]
+            command = [sys.executable, "-P", "-B", "-u", __file__]
+            command += ["--engine", arguments.engine, "--channels", str(number)]
             command += ["--rank", str(rank), "--ranks", str(len(channels)), "--store", store]
             ranks.append(subprocess.Popen(command, pass_fds=[number]))
             os.close(number)  # so that a rank's death is the end of its channel
