@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from forgetrain.cli import data, train
 from forgetrain.errors import UserError
 
 app = typer.Typer(
@@ -16,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data.app, name="data")
+app.command("train")(train.command)
 
 
 def main() -> None:

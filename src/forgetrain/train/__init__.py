@@ -1,0 +1,1 @@
+"""The pre-training loop around an engine: checkpoints, metrics, health, distribution."""

@@ -1,0 +1,80 @@
+"""``forgetrain data``: building the tokens of a target, and looking at them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.data.build import build_data
+from forgetrain.data.folder import DataFolder, open_data
+from forgetrain.data.loader import Loader
+
+app = typer.Typer(help="Build a target's tokens, and look at them.", no_args_is_help=True)
+
+
+@app.command("build")
+def build(
+    target_file: TargetFile,
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    force: Annotated[bool, typer.Option("--force", help="Build again, even when nothing changed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn the target's sources into tokens, under RUNS/<target>/data."""
+    target = read_target(target_file, overrides)
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn()),
+        *(TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("data", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        data = build_data(target, runs / target.name / "data", force=force, report=report)
+    for line in _lines(data):
+        console.print(line, highlight=False)
+    emit(data.manifest | {"folder": str(data.folder), "sha256": data.sha256}, as_json)
+
+
+@app.command("inspect")
+def inspect(
+    target_file: TargetFile,
+    step: Annotated[int, typer.Option(min=0, help="The step whose batch is shown, from 0.")] = 0,
+    row: Annotated[int, typer.Option(min=0, help="The row of that batch.")] = 0,
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Show what a row of a training step reads as."""
+    target = read_target(target_file, overrides)
+    data = open_data(runs / target.name / "data", target)
+    loader = Loader(data, target)
+    if row >= target.recipe.batch_size:
+        raise typer.BadParameter(f"a batch has {target.recipe.batch_size} rows", param_hint="--row")
+    place = loader.order.at(step * target.recipe.batch_size + row, 1)
+    tokens = loader.batch_at(step).tokens[row].tolist()
+    source = data.sources[int(place.source[0])]
+    text = data.tokenizer.tokenizer.decode(tokens, skip_special_tokens=False)
+    console.print(f"step {step}, row {row}: window {place.window[0]} of {source.name}, epoch {place.epoch[0]}")
+    if not as_json:
+        print(text)
+    where = {"source": source.name, "epoch": int(place.epoch[0]), "window": int(place.window[0])}
+    emit({"step": step, "row": row, **where, "tokens": tokens, "text": text}, as_json)
+
+
+def _lines(data: DataFolder) -> list[str]:
+    lines = []
+    for entry in data.manifest["sources"]:
+        rejects = ", ".join(f"{count} {reason}" for reason, count in entry["rejects"].items()) or "none"
+        lines.append(
+            f"{entry['path']}: {entry['documents']:,} documents, {entry['bytes']:,} bytes, {entry['tokens']:,} tokens, "
+            f"of which {entry['held_out']['tokens']:,} held out; rejected: {rejects}"
+        )
+    unigram = data.manifest["unigram_loss"]["held_out"]
+    lines.append(f"unigram loss of the held-out tokens {unigram:.4f}; in {data.folder}")
+    return lines

@@ -1,0 +1,77 @@
+"""``forgetrain train``."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target
+from forgetrain.data.files import read_json
+from forgetrain.errors import UserError
+from forgetrain.spec.target import Target, parse_target
+from forgetrain.train.loop import train
+
+
+def command(
+    target_file: Annotated[
+        Path, typer.Argument(metavar="TARGET", help="A target file; with --resume also a run's folder, RUNS/<target>.")
+    ],
+    engine: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="An engine file, or megatron or transformers. Default: the aligned engine."),
+    ] = None,
+    unverified: Annotated[bool, typer.Option("--unverified", help="Take an engine that no gate has passed.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint, if any.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw the run's checkpoints away and start.")] = False,
+    stop_after: Annotated[int | None, typer.Option(min=1, help="Stop after this step, with a checkpoint.")] = None,
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Train a target with its engine; also under torchrun, one process a rank."""
+    if resume and restart:
+        raise UserError("cannot go together", key="--resume, --restart", remedy="choose one")
+    target, runs = _target(target_file, overrides, runs, resume)
+    summary = train(
+        target,
+        runs=runs,
+        engine=engine,
+        unverified=unverified,
+        resume=resume,
+        restart=restart,
+        stop_after=stop_after,
+        console=console,
+    )
+    if summary["finished"]:
+        console.print(
+            f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; held-out loss "
+            f"{summary['held_out_loss']:.4f}, unigram {summary['unigram_loss']:.4f}; {summary['checkpoint']}",
+            highlight=False,
+        )
+    else:
+        why = summary["interrupted"] or "--stop-after"
+        console.print(
+            f"stopped by {why} after step {summary['steps']}, saved in {summary['checkpoint']}; go on with --resume",
+            highlight=False,
+        )
+    emit(summary, as_json)
+    if summary["interrupted"]:
+        raise typer.Exit(128 + signal.Signals[summary["interrupted"]])
+
+
+def _target(path: Path, overrides: list[str] | None, runs: Path, resume: bool) -> tuple[Target, Path]:
+    """The target, from its file, or from the run's folder, which holds it resolved."""
+    if not path.is_dir():
+        return read_target(path, overrides), runs
+    record = path / "train" / "run.json"
+    if not resume:
+        raise UserError("is a folder", file=path, remedy="name a target file, or add --resume to go on with that run")
+    if overrides:
+        raise UserError("a run's folder is resumed as it was", file=path, remedy="name the target file to use --set")
+    target = parse_target(read_json(record, "name the target file instead")["target"], file=record)
+    if target.name != path.resolve().name:
+        raise UserError(f"is the run of {target.name}", file=path, remedy=f"rename the folder to {target.name}")
+    return target, path.resolve().parent

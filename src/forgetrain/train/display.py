@@ -1,0 +1,49 @@
+"""Showing a run in the terminal: a progress bar, or lines where there is no terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+#: Without a terminal a line is printed about this often in a whole run.
+LINES = 20
+
+
+class Display:
+    """``with Display(console, steps, done) as display: display.show(step, "loss 3.21")``"""
+
+    def __init__(self, console: Console, steps: int, done: int):
+        self.console, self.steps = console, steps
+        self._bar: Progress | None = None
+        self._last = done
+        if console.is_terminal:
+            columns = (
+                *(TextColumn("train"), BarColumn(bar_width=20), MofNCompleteColumn()),
+                *(TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("", total=steps, completed=done)
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, step: int, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif step == self.steps or step - self._last >= max(1, self.steps // LINES):
+            self._last = step
+            self.console.print(f"train {step}/{self.steps}  {text}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        self.console.print(text, highlight=False)

@@ -1,0 +1,142 @@
+"""What a run measures: step results on their way from the device, JSON lines, TensorBoard, speed.
+
+lagged = Lagged("cuda:0", every=10)
+lagged.push(step, lr, engine.step(batch, lr))
+for measured in lagged.ready(): ...            # never waits for the step just launched
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from forgetrain.data.files import no_space_named
+
+
+class Measured(NamedTuple):
+    """One step: the number of steps taken with it, and what the engine answered."""
+
+    step: int
+    lr: float
+    loss: float
+    grad_norm: float
+    applied: bool
+
+
+class Lagged:
+    """Holds steps' 0-dim results until the host may read them without waiting.
+
+    On a CPU that is at once. On a GPU each step's three numbers are copied to pinned host memory behind the step, and
+    read ``every`` steps, those of the newest step left for the next time.
+    """
+
+    def __init__(self, device: str, every: int):
+        self.on_gpu, self.every = device.startswith("cuda"), every
+        self._waiting: deque[tuple[int, float, Tensor, Any]] = deque()
+
+    def push(self, step: int, lr: float, result: Any) -> None:
+        packed = torch.stack([result.loss.float(), result.grad_norm.float(), result.applied.float()])
+        event = None
+        if self.on_gpu:
+            host = torch.empty(3, pin_memory=True)
+            host.copy_(packed, non_blocking=True)
+            packed, event = host, torch.cuda.Event()
+            event.record()
+        self._waiting.append((step, lr, packed, event))
+
+    def ready(self, *, all: bool = False) -> Iterator[Measured]:
+        """The steps that can be read; ``all`` waits for every one."""
+        if self.on_gpu and not all and len(self._waiting) <= self.every:
+            return
+        while len(self._waiting) > (1 if self.on_gpu and not all else 0):
+            step, lr, packed, event = self._waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, norm, applied = packed.tolist()
+            yield Measured(step, lr, loss, norm, bool(applied))
+
+
+class Clock:
+    """Seconds spent in steps: evaluations and checkpoints are taken out."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._out = 0.0
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began - self._out
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._out += time.monotonic() - began
+
+
+class Journal:
+    """``metrics.jsonl`` and TensorBoard's events under ``folder``, continued after ``step``.
+
+    Lines beyond ``step``, which an interrupted run had written after its last checkpoint, are dropped: the steps are
+    taken again. JSON has no NaN; such values are null there.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_journal(self.path) if line["step"] <= step]
+        with no_space_named(self.path):
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, **values: Any) -> None:
+        finite = {key: None if value != value or value in _INFINITE else value for key, value in values.items()}
+        with no_space_named(self.path):
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        for key, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+_INFINITE = (float("inf"), float("-inf"))
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a last line that a kill cut short is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def measured_gemm_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.2) -> float:
+    """FLOP/s of this CPU's square matrix product at the present thread count: the best of those in ``seconds``."""
+    a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
+    torch.mm(a, b)
+    best, until = float("inf"), time.monotonic() + seconds
+    while time.monotonic() < until:
+        began = time.monotonic()
+        torch.mm(a, b)
+        best = min(best, time.monotonic() - began)
+    return 2 * size**3 / best

@@ -1,0 +1,80 @@
+"""Which engine a run uses, and whether gates have passed it.
+
+Aligning and judging leave ``verdicts.json`` (``provenance.json`` for engines that ship) beside an engine file:
+``{"sha256": <of the engine file>, "verdicts": [{"gate": "G1", "pass": true, ...}, ...]}``. Training takes an engine
+file whose SHA-256 is in one of them with every verdict passed, or any file with ``--unverified``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from forgetrain.data.files import read_json, sha256_file
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import load_engine, write_engine
+from forgetrain.errors import UserError
+from forgetrain.spec.target import Target
+
+RECORDS = ("verdicts.json", "provenance.json")
+_REFERENCES = "forgetrain.reference."
+
+
+@dataclass(frozen=True)
+class ChosenEngine:
+    """name: a file's path or a reference's module; status: one line that says why it may be used."""
+
+    name: str
+    sha256: str | None
+    status: str
+    verified: bool
+
+    def load(self) -> ModuleType:
+        return importlib.import_module(self.name) if self.sha256 is None else load_engine(self.name)
+
+
+def find_verdicts(file: Path, also_in: list[Path]) -> list[dict[str, Any]] | None:
+    """The verdicts recorded for exactly this file's content, or None; looked for beside it and in ``also_in``."""
+    sha256 = sha256_file(file)
+    for folder in [file.parent, *also_in]:
+        for name in RECORDS:
+            if not (folder / name).is_file():
+                continue
+            record = read_json(folder / name, "verify the engine again")
+            if isinstance(record, dict) and record.get("sha256") == sha256 and record.get("verdicts"):
+                return record["verdicts"]
+    return None
+
+
+def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: bool) -> ChosenEngine:
+    """The engine that was asked for: a file, ``megatron`` or ``transformers``; without one the run's aligned engine,
+    and before aligning the textbook engine of the target, written to ``run/train/engine.py``.
+
+    Raises:
+        UserError: no such file, or one without passed verdicts and not ``unverified``.
+    """
+    if engine in ("megatron", "transformers"):
+        return ChosenEngine(_REFERENCES + engine, None, "the reference itself", True)
+    aligned = run / "engine" / "engine.py"
+    if engine is None and not aligned.is_file():
+        path = run / "train" / "engine.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(write_engine(target, Plan.textbook()), encoding="utf-8")
+        return ChosenEngine(str(path), sha256_file(path), "textbook plan, not aligned with a reference", False)
+    path = aligned if engine is None else Path(engine)
+    if not path.is_file():
+        raise UserError("no such engine file", file=path, remedy="forgetrain align TARGET writes one")
+    verdicts = find_verdicts(path, [run / "engine", Path("engines") / target.name])
+    failed = [str(verdict.get("gate")) for verdict in verdicts or [] if not verdict.get("pass")]
+    if verdicts and not failed:
+        gates = sorted({str(verdict.get("gate")) for verdict in verdicts})
+        return ChosenEngine(str(path), sha256_file(path), f"passed {', '.join(gates)}", True)
+    reason = f"failed {', '.join(failed)}" if failed else "has no verdict for this content"
+    if not unverified:
+        raise UserError(
+            f"the engine {reason}", file=path, remedy="run forgetrain align TARGET on it, or add --unverified"
+        )
+    return ChosenEngine(str(path), sha256_file(path), f"unverified: {reason}", False)

@@ -1,0 +1,138 @@
+"""The processes of a training run: one by default, or as many as torchrun started.
+
+with start_world(device="cpu", threads=2) as world:
+    world.rank, world.size, world.mesh                 # mesh: a DeviceMesh with the dimension "data", or None
+    manifest = world.first(lambda: read_and_check())   # done on rank 0, the answer or the error on all
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from forgetrain.errors import UserError
+from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
+
+T = TypeVar("T")
+
+
+@dataclass
+class World:
+    rank: int
+    size: int
+    device: str  # "cpu" or "cuda:N"
+    mesh: DeviceMesh | None
+    control: dist.ProcessGroup | None  # a Gloo group of its own, so that control never waits for a GPU's stream
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Runs ``work`` on rank 0 and gives its answer, or raises its UserError, on every rank."""
+        if self.control is None:
+            return work()
+        box: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                box = [work()]
+            except UserError as error:
+                box = [error]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
+        if self.control is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def sum(self, *values: float) -> list[float]:
+        """The sums over ranks, in float64, added in the order of ranks."""
+        return [sum(column) for column in zip(*self.gather(values), strict=True)]
+
+
+@contextmanager
+def start_world(*, device: str, threads: int) -> Iterator[World]:
+    """Makes the process group that torchrun asks for by RANK and WORLD_SIZE, and takes it down again.
+
+    ``device`` is "cpu" or "cuda". Raises UserError when there is no GPU, or fewer than ranks on this host.
+    """
+    size, rank, local = (int(os.environ.get(key, default)) for key, default in _TORCHRUN)
+    if device == "cuda":
+        count = torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"needs {local + 1} GPUs on this host, there are {count}",
+                key="hardware.name",
+                remedy="start fewer ranks, or --set hardware.name=cpu",
+            )
+        for key, value in CUDA_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)  # read by cuBLAS and NCCL when they start, which is after this
+        torch.cuda.set_device(local)
+    torch.set_num_threads(threads)
+    place = f"cuda:{local}" if device == "cuda" else "cpu"
+    if size == 1:
+        yield World(0, 1, place, None, None)
+        return
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        mesh = init_device_mesh(device, (size,), mesh_dim_names=("data",))
+        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        yield World(rank, size, place, mesh, control)
+    finally:
+        dist.destroy_process_group()
+
+
+_TORCHRUN = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+
+
+class Stop:
+    """SIGTERM and SIGINT ask the run to stop after its step, with a checkpoint; a second SIGINT stops it at once.
+
+    With several ranks the signal may reach them in different steps. ``agreed`` is called once a step by every rank;
+    it answers what was asked one step before, so that the exchange runs beside the step and all stop together.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, world: World):
+        self.world, self.signal = world, 0
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def __enter__(self) -> Stop:
+        self._before = {number: signal.signal(number, self._asked) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._pending is not None:
+            self._pending[1].wait()
+
+    def _asked(self, number: int, _: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def agreed(self) -> int:
+        """The number of the signal that any rank was sent, or 0."""
+        if self.world.control is None:
+            return self.signal
+        answer = 0
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            answer = int(flag.item())
+        flag = torch.tensor(self.signal)
+        self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.control, async_op=True))
+        return answer
