@@ -38,6 +38,17 @@ STRUCTURE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
 }
 
+#: What the optimiser decides: the step's schedule, and the sizes of the production schedule's blocks.
+SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
+    "schedule": (
+        ("explicit", "production"),
+        "every op forward and backward by itself, for aligning; or fused regions, blocks and flat buffers, for speed",
+    ),
+    "attention_block": (("128", "64", "256"), "query positions whose scores exist at a time"),
+    "head_rows": (("512", "256", "1024"), "tokens whose logits exist at a time"),
+    "update_block": (("32768", "16384", "131072"), "parameters that AdamW goes through at a time"),
+}
+
 
 class Plan:
     """An immutable mapping from plan keys (ops and structure) to the names chosen."""
@@ -47,10 +58,10 @@ class Plan:
         for key, name in self._choices.items():
             options = _options(key)
             if options is None:
-                raise UserError("no such plan key", key=key, remedy=f"the keys are {', '.join([*OPS, *STRUCTURE])}")
+                raise UserError("no such plan key", key=key, remedy=f"the keys are {', '.join(_KEYS)}")
             if name not in options:
                 raise UserError("no such choice", key=key, value=name, remedy=f"the choices are {', '.join(options)}")
-        for key in [*OPS, *STRUCTURE]:
+        for key in _KEYS:
             self._choices.setdefault(key, _options(key)[0])  # type: ignore[index]
 
     @classmethod
@@ -79,7 +90,7 @@ class Plan:
         return hash(tuple(sorted(self._choices.items())))
 
     def items(self) -> list[tuple[str, str]]:
-        return [(key, self._choices[key]) for key in [*STRUCTURE, *OPS]]
+        return [(key, self._choices[key]) for key in _KEYS]
 
     def with_choice(self, key: str, name: str) -> Plan:
         return Plan({**self._choices, key: name})
@@ -89,7 +100,7 @@ class Plan:
 
 
 def choices(target: Target) -> dict[str, tuple[str, ...]]:
-    """Every plan key that this target's model makes use of, with its options."""
+    """Every plan key that decides bits and that this target's model makes use of, with its options, for aligning."""
     unused = set()
     if not target.model.qk_norm:
         unused.add("qk_norm")
@@ -101,4 +112,7 @@ def choices(target: Target) -> dict[str, tuple[str, ...]]:
 def _options(key: str) -> tuple[str, ...] | None:
     if key in OPS:
         return tuple(OPS[key])
-    return STRUCTURE[key][0] if key in STRUCTURE else None
+    return {**STRUCTURE, **SCHEDULE}[key][0] if key in _KEYS else None
+
+
+_KEYS = (*SCHEDULE, *STRUCTURE, *OPS)

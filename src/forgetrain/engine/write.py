@@ -20,8 +20,9 @@ from pathlib import Path
 import jinja2
 import ruff
 
-from forgetrain.engine.plan import Plan
+from forgetrain.engine.plan import SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
+from forgetrain.ops import blocked, regions
 from forgetrain.ops.table import OPS
 from forgetrain.spec.target import Target
 
@@ -37,27 +38,35 @@ _TEMPLATES = jinja2.Environment(
 #: Fields of [model] that do not change what an engine computes.
 _NOT_COMPUTED = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 
+#: The ops of which the production schedule still takes a variant; the others are its regions and blocks.
+_PRODUCTION_OPS = ("rope_tables",)
+
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     """The engine's source. ``facts`` are lines for its header: golden record, verdicts, measured speed."""
     model = target.model
-    variants = {key: OPS[key][plan[key]] for key in OPS if key != "qk_norm" or model.qk_norm}
+    production = plan["schedule"] == "production"
+    used = _PRODUCTION_OPS if production else tuple(OPS)
+    if not model.qk_norm:
+        used = tuple(key for key in used if key != "qk_norm")
     if model.logit_divisor is None:
-        del variants["mup"]
-    header = [
-        *facts,
-        "",
-        "Plan:",
-        *(f"    {key} = {name}" for key, name in plan.items() if key in variants or key not in OPS),
-    ]
-    template = _TEMPLATES.get_template("decoder.py.j2")
+        used = tuple(key for key in used if key != "mup")
+    variants = {key: OPS[key][plan[key]] for key in used}
+    functions = [function for variant in variants.values() for function in variant.functions]
+    compiled = []
+    if production:
+        compiled = [f for f in vars(regions).values() if inspect.isfunction(f) and _needs_region(f.__name__, target)]
+        functions += [*compiled, *(f for f in vars(blocked).values() if inspect.isfunction(f))]
+    decided = [*used, *(SCHEDULE if production else STRUCTURE)]
+    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
+    template = _TEMPLATES.get_template("production.py.j2" if production else "decoder.py.j2")
     text = template.render(
         title=f"A pre-training engine for {target.name}, written by ForgeTrain: forward, loss, backward, update.",
         header="\n".join(header).strip(),
         m=model,
         model=model.model_dump(mode="json", exclude=_NOT_COMPUTED),
         documents=target.data.documents,
-        sources=_sources(function for variant in variants.values() for function in variant.functions),
+        sources=_sources(functions, compiled),
         plan=dict(plan.items()),
         v={key: variant.name for key, variant in variants.items()},
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
@@ -65,6 +74,10 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         **_layer_names(target, plan),
     )
     return format_source(text)
+
+
+def _needs_region(name: str, target: Target) -> bool:
+    return target.model.qk_norm or not name.startswith("head_norm")
 
 
 def format_source(text: str) -> str:
@@ -139,8 +152,9 @@ def _layer_names(target: Target, plan: Plan) -> dict[str, list[str]]:
     }
 
 
-def _sources(functions: Iterable[Callable]) -> str:
-    """The functions' source with whatever module-level functions of the ops they call, each once, callees first."""
+def _sources(functions: Iterable[Callable], compiled: list[Callable]) -> str:
+    """The functions' source with whatever module-level functions of the ops they call, each once, callees first;
+    those in ``compiled`` are handed to torch.compile."""
     done: dict[str, str] = {}
 
     def visit(function: Callable) -> None:
@@ -151,7 +165,9 @@ def _sources(functions: Iterable[Callable]) -> str:
             callee = function.__globals__.get(name)
             if inspect.isfunction(callee) and callee.__module__.startswith("forgetrain.ops"):
                 visit(callee)
-        done[function.__name__] = done.pop(function.__name__) or inspect.getsource(function)
+        done[function.__name__] = done.pop(function.__name__) or (
+            "@torch.compile(dynamic=False)\n" * (function in compiled) + inspect.getsource(function)
+        )
 
     for function in functions:
         visit(function)

@@ -1,0 +1,97 @@
+"""Element-wise regions of the production schedule: each reads its inputs once and writes its outputs once when
+torch.compile turns it into one loop, as the written engine has it do. Arithmetic is fp32, rounded once at the end.
+
+Formulas: RMSNorm arXiv 1910.07467, RoPE arXiv 2104.09864, SwiGLU arXiv 2002.05202; see the modules of those ops.
+Shapes: T tokens, D hidden_size, F intermediate_size, N rows, S positions, G key/value heads, R query heads of each,
+K head_dim, V vocab_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def norm_region(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x_TD -> RMSNorm(x)_TD in x's dtype and the inverse root mean square, fp32 [T, 1]."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * inverse * weight.float()).to(x.dtype), inverse
+
+
+def residual_norm_region(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_TD + scale · branch_TD, rounded, then its RMSNorm: -> (sum_TD, normed_TD, inverse fp32 [T, 1])."""
+    total = (x.float() + branch.float() * scale).to(x.dtype)
+    wide = total.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return total, (wide * inverse * weight.float()).to(x.dtype), inverse
+
+
+def norm_backward_region(
+    x: Tensor, inverse: Tensor, weight: Tensor, d_out: Tensor, d_residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient through a norm of x_TD plus the one that passes it by: -> (d_x_TD, d_weight_D fp32)."""
+    normed, d_wide = x.float() * inverse, d_out.float()
+    d_normed = d_wide * weight.float()
+    d_x = d_residual.float() + inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+    return d_x.to(x.dtype), (d_wide * normed).sum(0)
+
+
+def swiglu_region(gate_up: Tensor) -> Tensor:
+    """[gate, up]_T2F -> silu(gate) · up, [T, F]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+def swiglu_backward_region(gate_up: Tensor, d_out: Tensor) -> Tensor:
+    """-> [d_gate, d_up]_T2F."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    sigmoid, d_wide = torch.sigmoid(gate), d_out.float()
+    d_gate = d_wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    return torch.cat((d_gate, d_wide * gate * sigmoid), dim=-1).to(gate_up.dtype)
+
+
+def rope_region(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """Heads x_NSGRK turned by cos_NSK and sin_NSK and scaled, laid out [N, G, S, R, K]."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, :, None, None, :half] * scale, sin[:, :, None, None, :half] * scale
+    first, second = x[..., :half].float(), x[..., half:].float()
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype).transpose(1, 2).contiguous()
+
+
+def rope_backward_region(d_out: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """d_out_NGSRK -> d_x_NSGRK: turned back by the same angles."""
+    half = d_out.shape[-1] // 2
+    cos, sin = cos[:, :, None, None, :half] * scale, sin[:, :, None, None, :half] * scale
+    d_out = d_out.transpose(1, 2)
+    first, second = d_out[..., :half].float(), d_out[..., half:].float()
+    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return turned.to(d_out.dtype).contiguous()
+
+
+def head_norm_region(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """QK-norm: RMSNorm of each head of x_NSGRK over K -> (normed, inverse fp32 [N, S, G, R, 1])."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * inverse * weight.float()).to(x.dtype), inverse
+
+
+def head_norm_backward_region(x: Tensor, inverse: Tensor, weight: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    """-> (d_x_NSGRK, d_weight_K fp32)."""
+    normed, d_wide = x.float() * inverse, d_out.float()
+    d_normed = d_wide * weight.float()
+    d_x = inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+    return d_x.to(x.dtype), (d_wide * normed).sum((0, 1, 2, 3))
+
+
+def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits_TV and its gradient at once: -> (nll_T fp32, d_logits_TV in logits' dtype)."""
+    wide = logits.float()
+    log_sum = torch.logsumexp(wide, dim=-1)
+    nll = log_sum - wide.gather(1, labels[:, None])[:, 0]
+    onehot = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
+    d_logits = (torch.exp(wide - log_sum[:, None]) - onehot.float()) * d_nll[:, None]
+    return nll, d_logits.to(logits.dtype)

@@ -1,0 +1,108 @@
+"""The production schedule against the explicit one, which the oracle and the references hold."""
+
+import pytest
+import torch
+
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import load_engine, write_engine
+from forgetrain.numerics.init import initial_weights
+from tests.tiny import ARCHITECTURES, random_batch, tiny_target
+
+PRODUCTION = Plan(
+    {
+        "schedule": "production",
+        "attention_block": "64",
+        "head_rows": "256",
+        "update_block": "16384",
+        "rope_tables": "fp32",
+    }
+)
+
+
+@pytest.fixture
+def eager():
+    """Regions run uncompiled: what is tested is the arithmetic, and compiling takes a second for each."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
+
+
+def engine_of(target, plan, folder, precision="fp32"):
+    path = folder / f"{plan['schedule']}.py"
+    path.write_text(write_engine(target, plan))
+    engine = load_engine(path).build(target.plain(), device="cpu", precision=precision, mesh=None)
+    engine.load(initial_weights(target.model, seed=1))
+    return engine
+
+
+def worst_difference(target, folder, precision="fp32"):
+    """The largest relative difference of any gradient, read from the moments after one step from zero."""
+    batch = random_batch(target, 3, documents=True)
+    states = []
+    for plan in (Plan.textbook(), PRODUCTION):
+        engine = engine_of(target, plan, folder, precision)
+        losses = [float(engine.step(batch, 1e-2).loss), float(engine.loss(batch))]
+        states.append((losses, engine.state()))
+    (expected_losses, expected), (losses, found) = states
+    assert losses == pytest.approx(expected_losses, rel=1e-5 if precision == "fp32" else 1e-3)
+    assert set(found) == set(expected)
+    gradients = [name for name in expected if name.startswith("exp_avg/")]
+    return max(
+        float((found[name].tensor - expected[name].tensor).norm() / expected[name].tensor.norm()) for name in gradients
+    )
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("documents", ["ignore", "mask", "mask+reset"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_are_the_explicit_schedules(architecture, documents, tmp_path):
+    assert worst_difference(tiny_target(architecture, data={"documents": documents}), tmp_path) < 1e-5
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("architecture", ["minicpm5", "qwen3"])
+def test_blocks_that_do_not_divide_the_sequence(architecture, tmp_path):
+    target = tiny_target(
+        architecture,
+        model={"max_position_embeddings": 128},
+        recipe={"sequence_length": 72, "batch_size": 4, "micro_batch_size": 4},  # blocks of 64, slices of 256 tokens
+    )
+    assert worst_difference(target, tmp_path) < 1e-5
+
+
+@pytest.mark.usefixtures("eager")
+def test_bf16_stays_within_its_rounding(tmp_path):
+    assert worst_difference(tiny_target(), tmp_path, "bf16") < 3e-2
+
+
+@pytest.mark.usefixtures("eager")
+def test_restoring_a_state_goes_on_bit_for_bit(tmp_path):
+    target = tiny_target()
+    whole, first = (engine_of(target, PRODUCTION, tmp_path) for _ in range(2))
+    batches = [random_batch(target, seed) for seed in range(4)]
+    for batch in batches:
+        whole.step(batch, 1e-2)
+    for batch in batches[:2]:
+        first.step(batch, 1e-2)
+    second = engine_of(target, PRODUCTION, tmp_path)
+    second.restore(first.state())
+    for batch in batches[2:]:
+        second.step(batch, 1e-2)
+    for name, shard in whole.state().items():
+        assert torch.equal(second.state()[name].tensor, shard.tensor), name
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_norm_that_is_not_finite_moves_nothing(tmp_path):
+    target = tiny_target()
+    engine = engine_of(target, PRODUCTION, tmp_path)
+    before = engine.master.flat.clone()
+    batch = random_batch(target, 3)
+    result = engine.step(batch._replace(mask=batch.mask * float("inf")), 1e-2)
+    assert not bool(result.applied)
+    assert torch.equal(engine.master.flat, before)
+
+
+@pytest.mark.slow
+def test_compiled_regions_compute_the_same(tmp_path):
+    assert worst_difference(tiny_target("qwen3"), tmp_path) < 1e-5
