@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from forgetrain.cli import data, train
+from forgetrain.cli import data, export, generate, train
 from forgetrain.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.command("train")(train.command)
+app.command("export")(export.command)
+app.command("generate")(generate.command)
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Publishing a trained model where people use models."""

@@ -1,0 +1,45 @@
+"""``forgetrain export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forgetrain.cli.common import Json, console, emit
+from forgetrain.errors import UserError
+from forgetrain.publish.hf import DTYPES, export_hf
+from forgetrain.publish.parity import TOLERANCE, logits_parity
+
+
+def command(
+    source: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder for its newest.")],
+    to: Annotated[str, typer.Option("--to", help="The format: hf.")] = "hf",
+    out: Annotated[Path | None, typer.Option(help="The folder to write. Default: RUN/export/hf.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: the target's precision.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare the export's logits with the engine's.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, and check that it computes what the engine computed."""
+    if to != "hf":
+        raise UserError("no such format", key="--to", value=to, remedy="the format is hf")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError("no such dtype", key="--dtype", value=dtype, remedy=f"one of {', '.join(DTYPES)}")
+    exported = export_hf(source, out, dtype=dtype)
+    size = f"{exported.parameters:,} parameters, {exported.dtype}"
+    console.print(f"{exported.folder}: {exported.architecture}, {size}", highlight=False)
+    result = {key: str(value) if isinstance(value, Path) else value for key, value in vars(exported).items()}
+    passed = True
+    if check:
+        parity = logits_parity(exported)
+        passed = parity.passed
+        console.print(
+            f"logits {'equal' if passed else 'DIFFER FROM'} the engine's ({parity.engine}): largest difference "
+            f"{parity.max_difference:.1e} of logits up to {parity.largest:.1f}, tolerance {TOLERANCE:g} of the largest",
+            highlight=False,
+        )
+        result |= {"logits": vars(parity) | {"pass": passed, "tolerance": TOLERANCE}}
+    emit(result, as_json)
+    if not passed:
+        raise typer.Exit(1)
