@@ -1,0 +1,199 @@
+"""The sandbox in which a candidate runs: bubblewrap where it works, resource limits alone where it does not.
+
+    box = sandbox(engine_file, target)
+    with EngineProcess(engine_file, target, wrap=box.wrap, limits=box.limits) as candidate: ...
+    box.sandboxed, box.description          # True, "bubblewrap 0.8.0: own user, process, network ... namespaces"
+
+Inside there is no network, no home, no repository and no environment of this project's: the interpreter and /usr are
+bound read-only, torch's own packages one by one under /site, the two files that serve an engine and the candidate
+under /forge. Only /tmp and /dev/shm can be written, both in memory and of bounded size.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import forgetrain
+from forgetrain.engine.process import SERVE
+from forgetrain.errors import UserError
+from forgetrain.spec.target import Target
+
+SCRATCH = 2 << 30  # bytes in /tmp, and as many in /dev/shm: compiled regions take some hundred MiB
+PROCESSES = 256  # torch.compile starts a worker a core, and each of them a compiler
+_ADDRESSES = 16 << 30  # address space that is mapped but not resident: libraries, stacks, allocators' arenas
+_INSIDE = Path("/forge")
+_SITE = Path("/site")
+#: What of /etc programs need: the dynamic linker's cache, and names of compilers.
+_ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
+#: Bits depend on what torch reads here: cores, caches and memory nodes.
+_SYS_CPU = ("/sys/devices/system/cpu", "/sys/devices/system/node")
+_SYS_GPU = ("/sys/bus/pci", "/sys/class", "/sys/devices", "/sys/module/nvidia")
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """``limits`` are EngineProcess's; ``command`` is what comes before the child's own command line."""
+
+    sandboxed: bool
+    description: str
+    limits: dict[str, int]
+    command: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...]
+
+    def wrap(self, argv: list[str]) -> list[str]:
+        """The child's command line inside the sandbox, where its files have other names."""
+        names = dict(self.renamed)
+        return [*self.command, *(names.get(argument, argument) for argument in argv)]
+
+
+def sandbox(engine: Path, target: Target, *, device: str | None = None, memory_gib: float | None = None) -> Sandbox:
+    """A sandbox for this engine file.
+
+    Args:
+        device: the target's unless given; ``cuda`` binds the GPU's device nodes.
+        memory_gib: host memory of the whole process tree; the target's, else three quarters of this machine's.
+    """
+    device = device or target.hardware.device
+    on_cpu = device == "cpu"
+    budget = memory_gib or (target.hardware.memory_gib if on_cpu else None)
+    memory = int(budget * 2**30) if budget else _total_memory() * 3 // 4
+    limits = {"FSIZE": SCRATCH, "NOFILE": 4096, "processes": PROCESSES, "resident": memory}
+    if on_cpu:  # CUDA reserves hundreds of GiB of addresses
+        limits["AS"] = memory + _ADDRESSES
+    program, reason = _working_bubblewrap(device)
+    if not program:
+        return Sandbox(False, f"unsandboxed: {reason}", limits, (), ())
+    # where several users' processes are counted together this is no lower than what a busy desktop has
+    limits["NPROC"] = 16 * PROCESSES
+    engine = engine.resolve()
+    files = {SERVE: "serve.py", SERVE.with_name("protocol.py"): "protocol.py", engine: "engine.py"}
+    binds = [part for file, name in files.items() for part in ("--ro-bind", str(file), str(_INSIDE / name))]
+    renamed = {str(file): str(_INSIDE / name) for file, name in files.items()}
+    renamed[sys.executable] = _interpreter()
+    return Sandbox(
+        True,
+        f"{_version()}: no network, own processes, /tmp and /dev/shm of {SCRATCH >> 30} GiB, nothing else writable",
+        limits,
+        (*program, *binds, "--remount-ro", "/", "--"),
+        tuple(renamed.items()),
+    )
+
+
+@functools.cache
+def _working_bubblewrap(device: str) -> tuple[tuple[str, ...], str]:
+    """The command without a candidate's files, the strictest that runs here; or () and the reason."""
+    if sys.platform != "linux":
+        return (), "bubblewrap needs Linux"
+    found = shutil.which("bwrap")
+    if found is None:
+        return (), "bubblewrap is not installed (on Debian and Ubuntu: apt install bubblewrap)"
+    common, problem = _arguments(device), ""
+    # disabling user namespaces inside fails where /proc/sys is read-only, as in some containers
+    for user in (("--unshare-user", "--disable-userns"), ("--unshare-user",), ()):
+        command = (found, *user, *common)
+        done = subprocess.run(
+            [*command, "--", _interpreter(), "-c", "import torch"], capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            return command, ""
+        problem = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return (), f"bubblewrap does not work here: {problem}"
+
+
+def _arguments(device: str) -> tuple[str, ...]:
+    arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "forge"]
+    arguments += ["--proc", "/proc", "--dev", "/dev"]
+    arguments += ["--size", str(SCRATCH), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+    arguments += ["--size", str(SCRATCH), "--tmpfs", "/tmp"]
+    for top in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64"):
+        if os.path.islink(top):
+            arguments += ["--symlink", os.readlink(top), top]
+        elif os.path.isdir(top):
+            arguments += ["--ro-bind", top, top]
+    base = os.path.realpath(sys.base_prefix)
+    if not Path(base).is_relative_to("/usr"):
+        arguments += ["--ro-bind", base, base]
+    for folder in _hidden(base):
+        arguments += ["--tmpfs", folder, "--remount-ro", folder]
+    for name in _ETC:
+        arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+    for folder in _SYS_CPU if device == "cpu" else (*_SYS_CPU, *_SYS_GPU):
+        arguments += ["--ro-bind-try", folder, folder]
+    for package in torch_packages():
+        arguments += ["--ro-bind", str(package), str(_SITE / package.name)]
+    if device == "cuda":
+        for node in sorted(str(node) for node in Path("/dev").glob("nvidia*")):
+            arguments += ["--dev-bind", node, node]
+    environment = {
+        "HOME": "/tmp",
+        "TMPDIR": "/tmp",
+        "USER": "forge",  # torch.compile names its cache after the user, who has no entry in a password file here
+        "PATH": "/usr/local/cuda/bin:/usr/local/bin:/usr/bin:/bin",
+        "PYTHONPATH": str(_SITE),
+    }
+    for name, value in environment.items():
+        arguments += ["--setenv", name, value]
+    return (*arguments, "--chdir", "/tmp")
+
+
+def torch_packages() -> list[Path]:
+    """The files and folders that make up torch, numpy and what they need, as installed.
+
+    Raises UserError when torch was installed in a way that leaves no list of its files.
+    """
+    found: dict[str, list[Path]] = {}
+    waiting = ["torch", "numpy"]
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in found:
+            continue
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # a requirement on another platform
+        if not distribution.files:
+            raise UserError(f"cannot tell which files {name} consists of", remedy=f"reinstall {name} with pip")
+        tops = {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}
+        found[name] = sorted(Path(str(distribution.locate_file(top))).resolve() for top in tops)
+        for requirement in distribution.requires or ():
+            text, _, marker = requirement.partition(";")
+            match = re.match(r"[A-Za-z0-9._-]+", text)
+            if match and "extra" not in marker:
+                waiting.append(match.group())
+    return sorted({path for paths in found.values() for path in paths if path.exists()})
+
+
+def _hidden(base: str) -> list[str]:
+    """What a candidate must not see within the folders that are bound whole: other packages, and this project when
+    it happens to live there."""
+    bound = [Path("/usr"), Path(base)]
+    folders = [Path(forgetrain.__file__).parent, Path.cwd()]
+    for root in dict.fromkeys((base, "/usr", "/usr/local", sys.prefix)):
+        for kind in ("site-packages", "dist-packages"):
+            folders += Path(root).glob(f"lib*/python3*/{kind}")
+    real = dict.fromkeys(folder.resolve() for folder in folders if folder.is_dir())
+    inside = [folder for folder in real if any(folder != root and folder.is_relative_to(root) for root in bound)]
+    return [str(folder) for folder in inside if not any(root.is_relative_to(folder) for root in bound)]
+
+
+def _interpreter() -> str:
+    """The interpreter that a virtual environment was made from: the environment itself stays outside."""
+    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+
+
+@functools.cache
+def _version() -> str:
+    done = subprocess.run(["bwrap", "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "bubblewrap"
+
+
+def _total_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,153 @@
+"""What a candidate can reach from inside the sandbox, and that honest engines do not notice it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from forgetrain.engine.contract import weight_hash
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.process import EngineFailure, EngineProcess
+from forgetrain.engine.write import write_engine
+from forgetrain.judge import sandbox as module
+from forgetrain.judge.sandbox import sandbox
+from forgetrain.numerics.init import initial_weights
+from tests.engine.toy import toy
+from tests.tiny import random_batch, tiny_target
+
+TARGET = tiny_target()
+WEIGHTS = initial_weights(TARGET.model, 0)
+needs_bubblewrap = pytest.mark.skipif(
+    shutil.which("bwrap") is None or subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"]).returncode != 0,
+    reason="bubblewrap does not run here",
+)
+
+
+def steps(path: Path, boxed: bool, ranks: int = 1) -> tuple[list[float], str]:
+    box = sandbox(path, TARGET)
+    assert box.sandboxed
+    with EngineProcess(path, TARGET, ranks=ranks, wrap=box.wrap if boxed else None, limits=box.limits) as engine:
+        engine.load(WEIGHTS)
+        losses = [engine.step(random_batch(TARGET, seed), 1e-2).loss.item() for seed in range(2)]
+        return losses, weight_hash(engine.state())
+
+
+@needs_bubblewrap
+def test_an_honest_engine_does_not_notice(tmp_path):
+    path = tmp_path / "candidate.py"
+    path.write_text(write_engine(TARGET, Plan.textbook()))
+    assert steps(path, boxed=True) == steps(path, boxed=False)
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_ranks_find_each_other_without_a_network(tmp_path):
+    path = tmp_path / "candidate.py"
+    path.write_text(write_engine(TARGET, Plan.textbook()))
+    assert steps(path, boxed=True, ranks=2) == steps(path, boxed=False, ranks=2)
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_compiled_regions_work(tmp_path):
+    path = toy(tmp_path, step="assert torch.compile(lambda x: x * 2 + 1)(torch.ones(1000)).sum() == 3000")
+    steps(path, boxed=True)
+
+
+#: Python that raises unless something is out of reach: a list of (name, statement that must raise OSError or such).
+REACH = """
+import glob, os, socket, subprocess, sys
+reached = []
+def attempt(name, action):
+    try:
+        action()
+    except (OSError, ImportError, subprocess.SubprocessError):
+        return
+    reached.append(name)
+def connect(*address):
+    with socket.create_connection(address, timeout=1):
+        pass
+attempt("network", lambda: connect("1.1.1.1", 53))
+attempt("names", lambda: socket.getaddrinfo("example.com", 80))
+attempt("repository", lambda: os.listdir({repository!r}))
+attempt("test folder", lambda: os.listdir({folder!r}))
+attempt("home", lambda: os.listdir({home!r} + "/.cache"))
+attempt("password file", lambda: open("/etc/passwd"))
+attempt("forgetrain", lambda: __import__("forgetrain"))
+attempt("pydantic", lambda: __import__("pydantic"))
+attempt("parent", lambda: os.kill({pid}, 0) if {pid} > 50 else open("/nowhere"))
+attempt("parent's memory", lambda: open("/proc/{pid}/mem"))
+attempt("own file", lambda: open(__file__, "a"))
+for folder in ("/", "/usr", "/dev", "/forge", "/site", "/etc"):
+    attempt("write " + folder, lambda: open(folder + "/x", "w"))
+attempt("disk", lambda: [open("/tmp/%d" % i, "wb").write(bytes(1 << 28)) for i in range(12)])
+for path in glob.glob("/tmp/*"): os.path.isfile(path) and os.remove(path)
+attempt("shared memory", lambda: [open("/dev/shm/%d" % i, "wb").write(bytes(1 << 28)) for i in range(12)])
+for path in glob.glob("/dev/shm/*"): os.remove(path)
+attempt("mount", lambda: subprocess.run(["mount", "-t", "tmpfs", "x", "/tmp"], check=True, capture_output=True))
+attempt("namespace", lambda: subprocess.run(["unshare", "-Ur", "true"], check=True, capture_output=True))
+if len([p for p in os.listdir("/proc") if p.isdigit()]) > 5: reached.append("other processes")
+if os.environ.keys() & {{"SECRET", "SSH_AUTH_SOCK", "OPENAI_API_KEY"}}: reached.append("environment")
+if open("/proc/self/status").read().split("CapEff:")[1].split()[0] != "0" * 16:
+    reached.append("capabilities")
+assert not reached, reached
+"""
+
+
+@needs_bubblewrap
+def test_nothing_is_within_reach(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    script = REACH.format(
+        repository=str(Path(__file__).parents[2]), folder=str(tmp_path), home=str(Path.home()), pid=os.getpid()
+    )
+    path = toy(tmp_path, build="pass")
+    path.write_text(script + path.read_text())
+    box = sandbox(path, TARGET)
+    with EngineProcess(path, TARGET, wrap=box.wrap, limits=box.limits) as engine:
+        engine.load(WEIGHTS)
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "kind"),
+    [
+        ("\n        while True: os.fork()", "limit"),
+        ("import signal; signal.signal(15, signal.SIG_IGN); time.sleep(1000)", "timeout"),
+        ("os.fork() or (os.setsid(), time.sleep(1000)); os._exit(3)", "crashed"),
+        ("x = [torch.ones(1 << 28) for _ in range(100)]", "limit"),
+    ],
+)
+def test_what_exhausts_is_ended(tmp_path, step, kind):
+    path = toy(tmp_path, step=step)
+    box = sandbox(path, TARGET, memory_gib=1)
+    with EngineProcess(
+        path, TARGET, wrap=box.wrap, limits=box.limits, timeout=5 if kind == "timeout" else 30
+    ) as engine:
+        engine.load(WEIGHTS)
+        with pytest.raises(EngineFailure) as failure:
+            engine.step(random_batch(TARGET, 0), 0.1)
+    assert failure.value.kind == kind
+
+
+def test_without_bubblewrap_limits_stay_and_the_reason_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_working_bubblewrap", lambda device: ((), "bubblewrap is not installed"))
+    box = sandbox(toy(tmp_path), TARGET, memory_gib=2)
+    assert not box.sandboxed
+    assert box.description == "unsandboxed: bubblewrap is not installed"
+    assert box.wrap(["python", "x"]) == ["python", "x"]
+    assert box.limits["resident"] == 2 << 30
+
+
+def test_the_reason_is_the_tools_own(monkeypatch):
+    module._working_bubblewrap.cache_clear()
+    monkeypatch.setattr(module.shutil, "which", lambda name: "/bin/false")
+    assert module._working_bubblewrap("cpu") == ((), "bubblewrap does not work here: exit code 1")
+    module._working_bubblewrap.cache_clear()
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert "apt install bubblewrap" in module._working_bubblewrap("cpu")[1]
+    module._working_bubblewrap.cache_clear()
