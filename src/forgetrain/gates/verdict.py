@@ -1,0 +1,30 @@
+"""What every gate returns: pass or fail, with the number that decided and how close it was."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One gate's judgement of one candidate.
+
+    statistic: the number that was compared, threshold: with what, margin: how much of the threshold was left, positive
+    when passed (None where a gate compares bits). first_divergence: the first tap that differs, or None.
+    detail: plain values for the ledger. explanation: plain words for a person. sandboxed: whether the candidate ran in
+    the sandbox.
+    """
+
+    gate: str
+    passed: bool
+    statistic: float | None = None
+    threshold: float | None = None
+    margin: float | None = None
+    first_divergence: str | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+    explanation: str = ""
+    sandboxed: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
