@@ -1,0 +1,99 @@
+import gzip
+import json
+
+import pytest
+
+from forgetrain.data import corpus
+from forgetrain.data.corpus import Rejects, documents, source_files, source_root
+from forgetrain.errors import UserError
+from forgetrain.spec.target import Source
+
+
+def read(path, **options):
+    rejects = Rejects()
+    return [(d.name, d.text) for d in documents(Source(path=str(path), **options), rejects)], rejects
+
+
+def test_a_folder_is_read_in_order_of_names(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/b.txt", ".hidden/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found, rejects = read(tmp_path)
+    assert [name for name, _ in found] == ["a/b.txt", "a/z.txt", "b.txt"]
+    assert not rejects.reasons
+
+
+def test_what_is_no_text_in_a_folder_is_rejected_counted_and_named(tmp_path):
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\x00\x00")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "nothing.txt").write_text("")
+    (tmp_path / "blank.txt").write_text(" \n")
+    found, rejects = read(tmp_path)
+    assert found == [("good.txt", "text")]
+    assert rejects.reasons == {"not UTF-8 text": 2, "empty": 2}
+    assert "image.png: not UTF-8 text" in rejects.names
+
+
+def test_a_binary_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"\x00\x01\x02")
+    with pytest.raises(UserError, match=r"model\.bin: is binary"):
+        read(path)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="empty corpus"):
+        read(tmp_path)
+
+
+def test_a_missing_source_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.sources: no such file or folder"):
+        read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_json_lines(tmp_path, compressed):
+    lines = [
+        json.dumps({"body": "one"}),
+        "not json",
+        json.dumps({"other": 1}),
+        json.dumps({"body": ""}),
+        '{"body": "two"}',
+    ]
+    raw = "\n".join(lines).encode()
+    path = tmp_path / ("d.jsonl.gz" if compressed else "d.jsonl")
+    path.write_bytes(gzip.compress(raw) if compressed else raw)
+    found, rejects = read(path, field="body")
+    assert [text for _, text in found] == ["one", "two"]
+    assert rejects.reasons == {"not a JSON line": 1, "no text under 'body'": 1, "empty": 1}
+    assert rejects.names[0] == f"{path.name}:2: not a JSON line"
+
+
+def test_a_truncated_gzip_is_refused(tmp_path):
+    path = tmp_path / "d.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps({"text": "x" * 1000}).encode())[:-10])
+    with pytest.raises(UserError, match="damaged gzip"):
+        read(path)
+
+
+def test_a_large_file_is_cut_at_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 64)
+    path = tmp_path / "big.txt"
+    text = "".join(f"line {i} of a file é\n" for i in range(20))
+    path.write_text(text)
+    found, _ = read(path)
+    assert "".join(piece for _, piece in found) == text
+    assert len(found) > 3
+    assert all(piece.endswith("\n") for _, piece in found)
+    assert [name for name, _ in found[:2]] == ["big.txt", "big.txt#1"]
+
+
+def test_the_standard_library_is_source_without_tests_or_packages():
+    source = Source(path="python-stdlib", glob="**/*.py")
+    files = source_files(source)
+    assert files == source_files(source)
+    parts = {part for file in files for part in file.relative_to(source_root(source)).parts}
+    assert "argparse.py" in parts
+    assert not parts & corpus.STDLIB_SKIPPED
+    assert sum(file.stat().st_size for file in files) > 8e6
