@@ -27,4 +27,6 @@ class Verdict:
     sandboxed: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values for ``verdicts.json`` and the ledger, where ``passed`` is called ``pass``."""
+        values = asdict(self)
+        return {"gate": values.pop("gate"), "pass": values.pop("passed"), **values}
