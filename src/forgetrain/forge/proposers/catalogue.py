@@ -1,0 +1,78 @@
+"""The built-in proposer: plans drawn from the schedules' choices, searched with Optuna. No model, no key, no network.
+
+Its first candidate is the production schedule itself; after that TPE draws the sizes of its blocks, told of each
+verdict: a rejected plan is pruned, a clocked one counts by its speed. A loop that was killed tells it of the attempts
+in its ledger, so that none is proposed again.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import optuna
+
+from forgetrain.engine.plan import SCHEDULE, Plan
+from forgetrain.engine.write import source_hash, write_engine
+from forgetrain.forge.proposers.base import Brief, NoProposal, Proposal
+from forgetrain.spec.target import Target
+
+_SIZES = tuple(key for key in SCHEDULE if key != "schedule")
+
+
+class Catalogue:
+    """Proposes each plan at most once; ``seed`` makes its order repeatable."""
+
+    name = "catalogue"
+
+    def __init__(self, target: Target, start: Plan, seed: int = 0):
+        self._target = target
+        self._start = start.with_choice("schedule", "production").with_choice("rope_tables", "fp32")
+        options = {key: optuna.distributions.CategoricalDistribution(SCHEDULE[key][0]) for key in _SIZES}
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {**options}
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, multivariate=True)
+        self._study = optuna.create_study(direction="maximize", sampler=sampler)
+        self._study.enqueue_trial({key: self._start[key] for key in _SIZES})
+        self._asked: dict[str, optuna.trial.Trial | None] = {}
+
+    def propose(self, brief: Brief) -> Proposal | NoProposal:
+        """The next plan that was not proposed before, as a flat file."""
+        for _ in range(20 * self.size):
+            trial = self._study.ask(self._distributions)
+            plan = self._start
+            for key in _SIZES:
+                plan = plan.with_choice(key, trial.params[key])
+            source = write_engine(self._target, plan)
+            identity = source_hash(source)
+            if identity in self._asked or source == brief.champion:
+                self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                self._asked.setdefault(identity, None)
+                if len(self._asked) >= self.size:
+                    break
+                continue
+            self._asked[identity] = trial
+            sizes = ", ".join(f"{key} {plan[key]}" for key in _SIZES)
+            return Proposal(source, f"production schedule: {sizes}", plan)
+        return NoProposal("every plan of the catalogue was proposed", exhausted=True)
+
+    def tell(self, source: str, ratio: float | None) -> None:
+        """What became of a proposal: its speed against the baseline, or None when it was rejected."""
+        identity = source_hash(source)
+        trial = self._asked.get(identity)
+        if trial is None:
+            self._asked.setdefault(identity, None)
+        elif ratio is None:
+            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            self._study.tell(trial, ratio)
+        self._asked[identity] = None
+
+    @property
+    def size(self) -> int:
+        """How many plans there are."""
+        count = 1
+        for key in _SIZES:
+            count *= len(SCHEDULE[key][0])
+        return count
