@@ -1,0 +1,103 @@
+"""G6: a longer run on real data with a hidden seed: held-out loss, final weights, and the candidate against itself.
+
+- held-out loss inside the band that the reference's own seeds span, widened by half its width on both sides, since
+  three to five seeds seldom show the extremes;
+- distance of the final weights from the reference's, relative to how far training moved them, within the budget;
+- the candidate twice: equal bit for bit, or declared non-deterministic and within the band that it declared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forgetrain.gates.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """The candidate run twice. declared_band: None for an engine that says it is deterministic, else the largest
+    relative weight distance between two of its runs that it declares."""
+
+    first_hash: str
+    second_hash: str
+    distance: float
+    declared_band: float | None = None
+
+
+def weight_distance(found: Mapping[str, Tensor], reference: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
+    """‖found - reference‖ / ‖reference - start‖ over all weights, in float64: 0 is equal, 1 as far as training went.
+
+    Raises:
+        KeyError: a weight is missing.
+    """
+    apart = math.fsum(float((found[n].double() - reference[n].double()).square().sum()) for n in reference)
+    moved = math.fsum(float((reference[n].double() - start[n].double()).square().sum()) for n in reference)
+    if moved == 0.0:
+        return 0.0 if apart == 0.0 else math.inf
+    return math.sqrt(apart / moved)
+
+
+def g6(
+    held_out: float,
+    reference_held_out: Sequence[float],
+    distance: float,
+    repeat: Repeat,
+    *,
+    distance_budget: float,
+    sandboxed: bool = False,
+) -> Verdict:
+    """``held_out``: the candidate's loss with the hidden seed; ``reference_held_out``: the reference's over seeds, the
+    hidden one first. ``distance``: ``weight_distance`` from the reference of the hidden seed; ``distance_budget``: what
+    known-good variants reach, times the gate's factor."""
+    if len(reference_held_out) < 2:
+        return Verdict("G6", False, explanation="one seed of the reference spans no band", sandboxed=sandboxed)
+    low, high = min(reference_held_out), max(reference_held_out)
+    centre, reach = (low + high) / 2, high - low
+    checks: dict[str, tuple[bool, str]] = {
+        "held-out loss": (
+            abs(held_out - centre) <= reach,
+            f"held-out loss {held_out:.6g}, the seeds span {low:.6g} to {high:.6g}",
+        ),
+        "weights": (
+            distance <= distance_budget,
+            f"weights {distance:.3g} of training's way from the reference's, {distance_budget:.3g} allowed",
+        ),
+        "repeat": _repeat(repeat),
+    }
+    failed = [name for name, (passed, _) in checks.items() if not passed]
+    used = max(_share(abs(held_out - centre), reach), _share(distance, distance_budget))
+    detail: dict[str, Any] = {name: {"pass": passed, "text": text} for name, (passed, text) in checks.items()}
+    return Verdict(
+        "G6",
+        not failed,
+        used,
+        1.0,
+        1.0 - used,
+        first_divergence=failed[0] if failed else None,
+        detail=detail,
+        explanation="; ".join(checks[name][1] for name in failed or checks),
+        sandboxed=sandboxed,
+    )
+
+
+def _repeat(repeat: Repeat) -> tuple[bool, str]:
+    if repeat.first_hash == repeat.second_hash:
+        return True, "run twice, bit for bit equal"
+    if repeat.declared_band is None:
+        return False, "run twice, its weights differ, and it does not say that it is non-deterministic"
+    text = f"declared non-deterministic: two runs are {repeat.distance:.3g} apart, {repeat.declared_band:.3g} declared"
+    return repeat.distance <= repeat.declared_band, text
+
+
+def _share(value: float, allowed: float) -> float:
+    if not torch.isfinite(torch.tensor(value)):
+        return math.inf
+    if allowed == 0.0:
+        return 0.0 if value == 0.0 else math.inf
+    return value / allowed
