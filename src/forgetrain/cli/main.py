@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from forgetrain.cli import data, export, generate, train
+from forgetrain.cli import data, export, generate, ledger, train
 from forgetrain.errors import UserError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data.app, name="data")
+app.add_typer(ledger.app, name="ledger")
 app.command("train")(train.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)
