@@ -49,23 +49,29 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def rope_rotate_half_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
+def rope_megatron(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Megatron's, with the (empty) part of a head that is not turned: its gradient's zeros are added to the others."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat((turned * cos + rotate_half(turned) * sin, rest), dim=-1)
+
+
+def rope_megatron_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
     cos, sin = cos[:, :, None, :].to(x.dtype), sin[:, :, None, :].to(x.dtype)
-    return record(lambda x: x * cos + rotate_half(x) * sin, x)
+    return record(lambda x: rope_megatron(x, cos, sin), x)
 
 
-def rope_rotate_half_backward(saved: tuple, d_out: Tensor) -> Tensor:
+def rope_megatron_backward(saved: tuple, d_out: Tensor) -> Tensor:
     return pull(saved, d_out)[0]
 
 
-def rope_heads_first_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
-    """The same on [N, H, S, K]: equal values, but gradients laid out so that sums over them run in another order."""
+def rope_hf_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
+    """transformers', heads first: gradients are laid out so that sums over them run in another order."""
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     out, saved = record(lambda x: (h := x.transpose(1, 2)) * cos + rotate_half(h) * sin, x)
     return out.transpose(1, 2), saved
 
 
-def rope_heads_first_backward(saved: tuple, d_out: Tensor) -> Tensor:
+def rope_hf_backward(saved: tuple, d_out: Tensor) -> Tensor:
     return pull(saved, d_out.transpose(1, 2))[0]
 
 
@@ -75,14 +81,6 @@ TABLES = {
 }
 VARIANTS = {
     "textbook": Variant(rope_textbook_forward, rope_textbook_backward, "rotated in fp32, rounded once"),
-    "rotate_half": Variant(
-        rope_rotate_half_forward,
-        rope_rotate_half_backward,
-        "x·cos + rotate_half(x)·sin in x's dtype, as Megatron",
-    ),
-    "heads_first": Variant(
-        rope_heads_first_forward,
-        rope_heads_first_backward,
-        "the same with heads before positions, as transformers",
-    ),
+    "megatron": Variant(rope_megatron_forward, rope_megatron_backward, "x·cos + rotate_half(x)·sin in x's dtype"),
+    "hf": Variant(rope_hf_forward, rope_hf_backward, "the same with heads before positions, as transformers"),
 }

@@ -1,0 +1,61 @@
+"""What megatron-core needs changed to run on a CPU, applied in the reference's own process and nowhere else.
+
+megatron-core asks for CUDA in four places that no setting reaches. Each shim has a name, which goes into the golden
+record's manifest; none changes any arithmetic. On a GPU none is applied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+SHIMS = {
+    "current_device": "torch.cuda.current_device answers with the CPU",
+    "rng_fork": "the CUDA RNG tracker's fork is a null context: there is no dropout",
+    "cuda_tensors": "tensors that are asked for on 'cuda' are made on the CPU",
+    "type_names": "Tensor.type() names CPU tensors as it names CUDA tensors",
+}
+
+
+def apply_shims() -> None:
+    """Applies all of ``SHIMS`` to this process, once."""
+    from megatron.core.tensor_parallel import random
+
+    if getattr(torch.cuda.current_device, "is_shim", False):
+        return
+    torch.cuda.current_device = _current_device
+    random.get_cuda_rng_tracker().fork = _no_fork  # type: ignore[method-assign]
+    for name in ("empty", "full", "ones", "tensor", "zeros"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    torch.Tensor.type = _type_as_cuda(torch.Tensor.type)  # type: ignore[method-assign]
+
+
+def _current_device() -> torch.device:
+    return torch.device("cpu")
+
+
+_current_device.is_shim = True  # type: ignore[attr-defined]
+
+
+def _no_fork(*_: Any, **__: Any) -> contextlib.nullcontext[None]:
+    return contextlib.nullcontext()
+
+
+def _on_cpu(function: Callable) -> Callable:
+    def made_on_cpu(*args: Any, **kwargs: Any) -> Any:
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        return function(*args, **kwargs)
+
+    return made_on_cpu
+
+
+def _type_as_cuda(original: Callable) -> Callable:
+    def type_as_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.", 1) if isinstance(answer, str) else answer
+
+    return type_as_cuda
