@@ -11,6 +11,7 @@ from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, Tar
 from forgetrain.data.build import build_data
 from forgetrain.data.folder import DataFolder, open_data
 from forgetrain.data.loader import Loader
+from forgetrain.train.display import say
 
 app = typer.Typer(help="Build a target's tokens, and look at them.", no_args_is_help=True)
 
@@ -37,7 +38,7 @@ def build(
 
         data = build_data(target, runs / target.name / "data", force=force, report=report)
     for line in _lines(data):
-        console.print(line, highlight=False)
+        say(console, line)
     emit(data.manifest | {"folder": str(data.folder), "sha256": data.sha256}, as_json)
 
 
@@ -60,7 +61,7 @@ def inspect(
     tokens = loader.batch_at(step).tokens[row].tolist()
     source = data.sources[int(place.source[0])]
     text = data.tokenizer.tokenizer.decode(tokens, skip_special_tokens=False)
-    console.print(f"step {step}, row {row}: window {place.window[0]} of {source.name}, epoch {place.epoch[0]}")
+    say(console, f"step {step}, row {row}: window {place.window[0]} of {source.name}, epoch {place.epoch[0]}")
     if not as_json:
         print(text)
     where = {"source": source.name, "epoch": int(place.epoch[0]), "window": int(place.window[0])}

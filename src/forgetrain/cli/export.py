@@ -11,6 +11,7 @@ from forgetrain.cli.common import Json, console, emit
 from forgetrain.errors import UserError
 from forgetrain.publish.hf import DTYPES, export_hf
 from forgetrain.publish.parity import TOLERANCE, logits_parity
+from forgetrain.train.display import say
 
 
 def command(
@@ -28,16 +29,16 @@ def command(
         raise UserError("no such dtype", key="--dtype", value=dtype, remedy=f"one of {', '.join(DTYPES)}")
     exported = export_hf(source, out, dtype=dtype)
     size = f"{exported.parameters:,} parameters, {exported.dtype}"
-    console.print(f"{exported.folder}: {exported.architecture}, {size}", highlight=False)
+    say(console, f"{exported.folder}: {exported.architecture}, {size}")
     result = {key: str(value) if isinstance(value, Path) else value for key, value in vars(exported).items()}
     passed = True
     if check:
         parity = logits_parity(exported)
         passed = parity.passed
-        console.print(
+        say(
+            console,
             f"logits {'equal' if passed else 'DIFFER FROM'} the engine's ({parity.engine}): largest difference "
             f"{parity.max_difference:.1e} of logits up to {parity.largest:.1f}, tolerance {TOLERANCE:g} of the largest",
-            highlight=False,
         )
         result |= {"logits": vars(parity) | {"pass": passed, "tolerance": TOLERANCE}}
     emit(result, as_json)

@@ -9,6 +9,7 @@ import typer
 
 from forgetrain.cli.common import Json, console, emit
 from forgetrain.publish.generate import generate
+from forgetrain.train.display import say
 
 
 def command(
@@ -26,5 +27,5 @@ def command(
     reply = generate(source, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if not as_json:
         print(reply.prompt + reply.text)
-    console.print(f"{reply.tokens} tokens in {reply.seconds:.1f} s", highlight=False)
+    say(console, f"{reply.tokens} tokens in {reply.seconds:.1f} s")
     emit(vars(reply), as_json)

@@ -12,6 +12,7 @@ from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, con
 from forgetrain.data.files import read_json
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Target, parse_target
+from forgetrain.train.display import say
 from forgetrain.train.loop import train
 
 
@@ -46,16 +47,16 @@ def command(
         console=console,
     )
     if summary["finished"]:
-        console.print(
+        say(
+            console,
             f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; held-out loss "
             f"{summary['held_out_loss']:.4f}, unigram {summary['unigram_loss']:.4f}; {summary['checkpoint']}",
-            highlight=False,
         )
     else:
         why = summary["interrupted"] or "--stop-after"
-        console.print(
+        say(
+            console,
             f"stopped by {why} after step {summary['steps']}, saved in {summary['checkpoint']}; go on with --resume",
-            highlight=False,
         )
     emit(summary, as_json)
     if summary["interrupted"]:

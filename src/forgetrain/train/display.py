@@ -11,6 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 LINES = 20
 
 
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A line as it is: no wrapping where there is no terminal, no markup."""
+    console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 class Display:
     """``with Display(console, steps, done) as display: display.show(step, "loss 3.21")``"""
 
@@ -42,8 +47,8 @@ class Display:
             self._bar.update(self._task, completed=step, description=text)
         elif step == self.steps or step - self._last >= max(1, self.steps // LINES):
             self._last = step
-            self.console.print(f"train {step}/{self.steps}  {text}", highlight=False)
+            say(self.console, f"train {step}/{self.steps}  {text}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
-        self.console.print(text, highlight=False)
+        say(self.console, text)

@@ -31,7 +31,7 @@ from forgetrain.numerics.init import initial_weights
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.target import Target
 from forgetrain.train import checkpoint
-from forgetrain.train.display import Display
+from forgetrain.train.display import Display, say
 from forgetrain.train.health import Health, check_result, first_bad_tap, save_evidence
 from forgetrain.train.metrics import Clock, Journal, Lagged, Measured, read_journal
 from forgetrain.train.speed import Speed
@@ -70,19 +70,19 @@ def train(
         UserError: bad input, or a run whose gradients stay non-finite; see the message.
     """
     run = runs / target.name
-    say = console or Console(stderr=True)
+    console = console or Console(stderr=True)
     threads, device = target.hardware.threads, target.hardware.device
     with start_world(device=device, threads=threads) as world:
         if world.rank != 0:
-            say = Console(quiet=True)
+            console = Console(quiet=True)
         if restart:
             world.first(lambda: _clear(run))
         chosen = world.first(lambda: choose_engine(target, run, engine, unverified=unverified))
         world.first(lambda: _check_data(target, run))
         data = open_data(run / "data", target, verify=False)
-        found = world.first(lambda: _find_start(target, run, data, say, resume=resume))
+        found = world.first(lambda: _find_start(target, run, data, console, resume=resume))
         loader = Loader(data, target, rank=world.rank, world=world.size, device=world.device)
-        job = Job(target, run, world, say, chosen, data, loader)
+        job = Job(target, run, world, console, chosen, data, loader)
         job.start(found)
         with Stop(world) as stop:
             return job.run_steps(stop, min(stop_after or target.recipe.steps, target.recipe.steps))
@@ -98,7 +98,7 @@ def _check_data(target: Target, run: Path) -> None:
 
 
 def _find_start(
-    target: Target, run: Path, data: DataFolder, say: Console, *, resume: bool
+    target: Target, run: Path, data: DataFolder, console: Console, *, resume: bool
 ) -> checkpoint.Checkpoint | None:
     root = run / "checkpoints"
     if checkpoint.steps_in(root) and not resume:
@@ -107,14 +107,14 @@ def _find_start(
             file=root,
             remedy="add --resume to go on from the newest, or --restart to throw them away",
         )
-    found = checkpoint.newest(root, lambda line: say.print(f"[yellow]{line}[/]", highlight=False)) if resume else None
+    found = checkpoint.newest(root, lambda line: say(console, line, "yellow")) if resume else None
     if found is not None:
-        _require_same(target, data, found, say)
+        _require_same(target, data, found, console)
         checkpoint.put_aside_after(root, found.step)
     return found
 
 
-def _require_same(target: Target, data: DataFolder, found: checkpoint.Checkpoint, say: Console) -> None:
+def _require_same(target: Target, data: DataFolder, found: checkpoint.Checkpoint, console: Console) -> None:
     """Refuses a checkpoint of another target or other data, and prints what else differs."""
     before, now = (_flat(tree) for tree in (found.manifest["target"], target.plain()))
     for key in sorted(before.keys() | now.keys()):
@@ -129,7 +129,7 @@ def _require_same(target: Target, data: DataFolder, found: checkpoint.Checkpoint
                 remedy="resume with the old value, or start again with --restart",
             )
         if key.startswith(("recipe.", "hardware.")):
-            say.print(f"resuming with {key} = {now.get(key)!r}, which was {before.get(key)!r}", highlight=False)
+            say(console, f"resuming with {key} = {now.get(key)!r}, which was {before.get(key)!r}")
     if found.manifest["data"] != data.sha256:
         raise UserError(
             "was trained on other data than the run's data folder holds now",
@@ -152,7 +152,7 @@ class Job:
     target: Target
     run: Path
     world: World
-    say: Console
+    console: Console
     chosen: ChosenEngine
     data: DataFolder
     loader: Loader
@@ -194,7 +194,7 @@ class Job:
         if self.world.rank == 0:
             self.journal = Journal(self.run / "train", self.step)
             write_json(self.run / "train" / "run.json", self._facts() | {"resumed_at": self.step or None})
-        self.say.print(self._headline(), highlight=False)
+        say(self.console, self._headline())
 
     def _past_losses(self) -> dict[int, float]:
         lines = read_journal(self.run / "train" / "metrics.jsonl")
@@ -206,7 +206,7 @@ class Job:
         speed = Speed(self.target, self.world)
         before, asked = self.seconds, 0
         saved = self.step if checkpoint.folder_of(self.root, self.step).is_dir() else None
-        with Display(self.say, recipe.steps, self.step) as display:
+        with Display(self.console, recipe.steps, self.step) as display:
             for step, batch in self.loader.batches(self.step, last):
                 lr = learning_rate(recipe, step)
                 result = self.engine.step(batch, lr)
