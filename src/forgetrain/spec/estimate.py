@@ -1,0 +1,219 @@
+"""The arithmetic of a target: parameters, FLOPs, bytes, memory and the roofline. Pure; needs no torch and no device.
+
+    estimate = estimate_target(load_target("targets/minicpm5-1b-h200.toml"))
+    estimate.parameters.total          # 1_080_632_832
+    estimate.flops.causal              # 6.488e9 FLOPs a token, forward and backward
+    mfu(85_000, model, 4096, peak=989.4e12)["causal"]
+
+Conventions. A product of a token with a weight matrix of n elements is 2n FLOPs forward and 4n backward. Attention over
+S positions is 4·S·(heads·head_dim) FLOPs a token and layer forward, twice that backward; *full* counts all of it, as
+torchtitan does, *causal* the half that a causal mask leaves, as Megatron-LM does. Norms, activations, RoPE and the
+optimizer count as bytes, not as FLOPs. The recomputation inside attention's backward counts as nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from forgetrain.spec.hardware import Device, Dtype, hardware_of, units
+from forgetrain.spec.target import Model, Target
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Parameters:
+    total: int
+    without_embeddings: int  # neither the embedding nor the head
+    in_products: int  # elements that every token is multiplied with: 2-D weights, the head also when it is tied
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs a token, forward and backward together unless the name says forward."""
+
+    matmul: int
+    attention_causal: int
+    attention_full: int
+    forward_causal: int
+    forward_full: int
+
+    @property
+    def causal(self) -> int:
+        return self.matmul + self.attention_causal
+
+    @property
+    def full(self) -> int:
+        return self.matmul + self.attention_full
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The fewest bytes that must move through main memory for what is no matrix product: each op fused into one pass
+    that reads its inputs and writes its outputs once. ``forward`` and ``backward`` of the layers and ``cross_entropy``
+    are bytes a token; ``optimizer`` is bytes a step."""
+
+    forward: int
+    backward: int
+    cross_entropy: int
+    optimizer: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each rank while one micro-batch is in flight, without recomputation. Shared over ranks: the division of
+    gradients, optimizer states and, for FSDP, weights that ``estimate_target`` was asked for."""
+
+    weights: int  # what products read: in the target's dtype
+    gradients: int  # fp32 accumulators
+    optimizer: int  # two fp32 moments, and under bf16 the fp32 masters
+    activations: int  # what backward needs of one micro-batch, each tensor once
+    logits: int  # of one micro-batch, in the target's dtype
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds of one step on the hardware named, all its devices working perfectly."""
+
+    products: float  # matrix products at the peak of their dtype
+    attention: float  # causal attention at the same peak
+    traffic: float  # everything else at the memory's bandwidth
+
+    @property
+    def serial(self) -> float:
+        """When products and memory-bound ops take turns, as they do without fusion."""
+        return self.products + self.attention + self.traffic
+
+    @property
+    def bound(self) -> float:
+        """No run is faster: perfect overlap of products with memory traffic."""
+        return max(self.products + self.attention, self.traffic)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    parameters: Parameters
+    flops: Flops
+    traffic: Traffic
+    memory: Memory
+    roofline: Roofline
+    device: Device
+    tokens_per_step: int
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory of one device holds it; None where the table does not know the memory."""
+        return None if self.device.memory_gib is None else self.memory.total <= self.device.memory_gib * GIB
+
+
+def parameters(model: Model) -> Parameters:
+    shapes = model.parameter_shapes()
+    sizes = {name: shape[0] * (shape[1] if len(shape) == 2 else 1) for name, shape in shapes.items()}
+    table = model.vocab_size * model.hidden_size
+    outside = table if model.tie_word_embeddings else 2 * table
+    layers = sum(size for name, size in sizes.items() if len(shapes[name]) == 2 and name.startswith("model.layers."))
+    total = sum(sizes.values())
+    return Parameters(total=total, without_embeddings=total - outside, in_products=layers + table)
+
+
+def flops_per_token(model: Model, sequence_length: int) -> Flops:
+    """Of training, at this sequence length, without document boundaries."""
+    products = 2 * parameters(model).in_products
+    scores = 4 * sequence_length * model.num_attention_heads * model.head_dim * model.num_hidden_layers
+    return Flops(
+        matmul=3 * products,
+        attention_causal=3 * scores // 2,
+        attention_full=3 * scores,
+        forward_causal=products + scores // 2,
+        forward_full=products + scores,
+    )
+
+
+def mfu(tokens_per_second: float, model: Model, sequence_length: int, *, peak: float) -> dict[str, float]:
+    """Model FLOPs utilisation in both conventions: shares of ``peak``, the FLOP/s of all devices together."""
+    flops = flops_per_token(model, sequence_length)
+    return {"causal": tokens_per_second * flops.causal / peak, "full": tokens_per_second * flops.full / peak}
+
+
+def traffic(model: Model, dtype: Dtype) -> Traffic:
+    size = _size(dtype)
+    h, f = model.hidden_size, model.intermediate_size
+    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    norms = 2 * 4 * h  # twice a layer, residual add and norm in one pass: two read, two written
+    rope = 2 * (q + kv)  # in place
+    layer_forward = norms + rope + 3 * f  # SwiGLU reads gate and up and writes one
+    layer_backward = norms + rope + 5 * f + 2 * q  # SwiGLU reads three, writes two; attention's delta reads two
+    if model.qk_norm:  # one pass with RoPE forward; backward reads q and k once more
+        layer_backward += q + kv
+    layers = model.num_hidden_layers
+    states = 4 * 4 + 3 * 4 + (2 if dtype == "bf16" else 0)  # master, moments, gradient read; three written, and bf16
+    return Traffic(
+        forward=layers * layer_forward * size,
+        backward=layers * layer_backward * size,
+        cross_entropy=3 * model.vocab_size * size,  # read for the loss; read again and overwritten by the gradient
+        optimizer=parameters(model).total * states,
+    )
+
+
+def activation_elements(model: Model) -> int:
+    """Elements a token that backward needs, each tensor kept once: of a layer the two residual streams, both norms'
+    outputs, v, rotated q and k, attention's output, gate, up and their SwiGLU; outside, the last norm's in- and output.
+    Attention keeps its row sums in fp32, counted as two elements a head."""
+    h, f = model.hidden_size, model.intermediate_size
+    q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    layer = 4 * h + 2 * q + 2 * kv + 3 * f + 2 * model.num_attention_heads
+    if model.qk_norm:
+        layer += q + kv  # q and k before the norm
+    return model.num_hidden_layers * layer + 2 * h
+
+
+def memory(target: Target, *, shard: bool = False) -> Memory:
+    """Bytes on each rank. ``shard`` divides weights, gradients and optimizer over the ranks, as FSDP does."""
+    model, dtype = target.model, target.precision.dtype
+    count, size = parameters(model).total, _size(dtype)
+    ranks = target.hardware.count if shard else 1
+    tokens = target.recipe.micro_batch_size * target.recipe.sequence_length
+    return Memory(
+        weights=-(-count * size // ranks),
+        gradients=-(-count * 4 // ranks),
+        optimizer=-(-count * (12 if dtype == "bf16" else 8) // ranks),
+        activations=tokens * activation_elements(model) * size,
+        logits=tokens * model.vocab_size * size,
+    )
+
+
+def roofline(target: Target) -> Roofline:
+    """Raises UserError when the hardware is not in the table."""
+    model, recipe, dtype = target.model, target.recipe, target.precision.dtype
+    device, count = hardware_of(target.hardware), units(target.hardware)
+    tokens = recipe.batch_size * recipe.sequence_length
+    flops, moved = flops_per_token(model, recipe.sequence_length), traffic(model, dtype)
+    peak = device.peak(dtype) * count
+    moving = tokens * (moved.forward + moved.backward + moved.cross_entropy) + moved.optimizer * target.hardware.count
+    return Roofline(
+        products=tokens * flops.matmul / peak,
+        attention=tokens * flops.attention_causal / peak,
+        traffic=moving / (device.bandwidth * count),
+    )
+
+
+def estimate_target(target: Target, *, shard: bool = False) -> Estimate:
+    """Raises UserError when the hardware is not in the table."""
+    recipe = target.recipe
+    return Estimate(
+        parameters=parameters(target.model),
+        flops=flops_per_token(target.model, recipe.sequence_length),
+        traffic=traffic(target.model, target.precision.dtype),
+        memory=memory(target, shard=shard),
+        roofline=roofline(target),
+        device=hardware_of(target.hardware),
+        tokens_per_step=recipe.batch_size * recipe.sequence_length,
+    )
+
+
+def _size(dtype: Dtype) -> int:
+    return 2 if dtype == "bf16" else 4
