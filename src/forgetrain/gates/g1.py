@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -96,25 +95,47 @@ def g1(
     return Verdict("G1", equal > 0, equal, explanation=text, sandboxed=sandboxed)
 
 
+class Comparison:
+    """Compares values as they come with the expected stream; for engines that show their taps one by one."""
+
+    def __init__(self, expected: Iterable[tuple[str, Tensor]], model: Model):
+        self._expected, self._model = iter(expected), model
+        self.equal = 0
+
+    def see(self, name: str, tensor: Tensor) -> Divergence | None:
+        """The next value; returns what is wrong with it, after which nothing more may be shown."""
+        name_due, due = next(self._expected, (None, tensor))
+        if name_due is None:
+            return self._divergence(name, problem="is more than the reference has")
+        if name != name_due:
+            return self._divergence(name_due, problem=f"is due here, but the engine yields {name}")
+        differs = difference(due, tensor)
+        if differs is not None:
+            return self._divergence(name, differs, _problem(due, tensor))
+        self.equal += 1
+        return None
+
+    def end(self) -> Divergence | None:
+        """No more values will come."""
+        name, _ = next(self._expected, (None, None))
+        return None if name is None else self._divergence(name, problem="is missing: the engine yields no more")
+
+    def _divergence(self, name: str, differs: Difference | None = None, problem: str | None = None) -> Divergence:
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        number = None if layer is None else int(layer.group(1))
+        return Divergence(name, evidence_op(name, self._model), number, self.equal, differs, problem)
+
+
 def first_divergence(
     expected: Iterable[tuple[str, Tensor]], actual: Iterable[tuple[str, Tensor]], model: Model
 ) -> tuple[Divergence | None, int]:
     """Reads both streams until they part. Returns None when they end together, all equal; and how many were equal."""
-    position = -1
-    for position, (due, found) in enumerate(zip_longest(expected, actual)):
-        name = due[0] if due is not None else found[0]
-        if due is None:
-            return _divergence(name, model, position, problem="is more than the reference has"), position
-        if found is None:
-            return _divergence(name, model, position, problem="is missing: the engine yields no more"), position
-        if found[0] != name:
-            return _divergence(
-                name, model, position, problem=f"is due here, but the engine yields {found[0]}"
-            ), position
-        differs = difference(due[1], found[1])
-        if differs is not None:
-            return _divergence(name, model, position, differs, _problem(due[1], found[1])), position
-    return None, position + 1
+    comparison = Comparison(expected, model)
+    for name, tensor in actual:
+        divergence = comparison.see(name, tensor)
+        if divergence is not None:
+            return divergence, comparison.equal
+    return comparison.end(), comparison.equal
 
 
 def _problem(expected: Tensor, actual: Tensor) -> str | None:
@@ -132,11 +153,3 @@ def _problem(expected: Tensor, actual: Tensor) -> str | None:
             count = f"{int(wrong.sum())} of {actual.numel()} values are not finite"
             return f"{count}; first at {list(first)}: {here}, the reference has {there!r}"
     return None
-
-
-def _divergence(
-    name: str, model: Model, position: int, differs: Difference | None = None, problem: str | None = None
-) -> Divergence:
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    number = None if layer is None else int(layer.group(1))
-    return Divergence(name, evidence_op(name, model), number, position, differs, problem)
