@@ -44,7 +44,7 @@ def test_transformers_computes_what_the_engine_computed(tmp_path, architecture):
     parity = logits_parity(exported)
     assert parity.engine.endswith("train/engine.py")
     assert parity.passed, parity
-    assert parity.max_difference < TOLERANCE * parity.largest / 10  # far below the tolerance, which has room for depth
+    assert parity.max_difference < TOLERANCE * parity.largest / 10  # the tolerance has room for depth
     assert parity.largest > 0.1
 
 
@@ -60,7 +60,7 @@ def test_a_wrong_export_is_noticed(tmp_path):
     exported = export_hf(run)
     path = exported.folder / "config.json"
     config = json.loads(path.read_text())
-    config["rms_norm_eps"] = 1e-3
+    config["rms_norm_eps"] = 1e-5
     path.write_text(json.dumps(config))
     assert not logits_parity(exported).passed
 
