@@ -10,6 +10,8 @@ from collections import deque
 
 import torch
 
+from forgetrain.spec.estimate import mfu
+from forgetrain.spec.hardware import hardware_of
 from forgetrain.spec.target import Target
 from forgetrain.train.metrics import measured_gemm_rate
 from forgetrain.train.world import World
@@ -27,9 +29,9 @@ class Speed:
             dtype = torch.float32 if target.precision.dtype == "fp32" else torch.bfloat16
             peak = measured_gemm_rate(dtype)
         else:
-            peak = 989e12
+            peak = hardware_of(target.hardware).peak(target.precision.dtype)
         self.peak = peak * world.size
-        self.flops = training_flops_per_token(target.model, recipe.sequence_length)
+        self.model, self.length = target.model, recipe.sequence_length
         self._seen: deque[tuple[int, float]] = deque(maxlen=WINDOW + 1)
 
     def tokens_per_second(self, step: int, seconds: float) -> float:
@@ -43,17 +45,10 @@ class Speed:
     def shares(self, rate: float) -> dict[str, float]:
         """At ``rate`` tokens a second: of the GPUs' peak (``mfu_*``) or of the measured product (``gemm_share_*``)."""
         name = "gemm_share" if self.on_cpu else "mfu"
-        return {f"{name}_{kind}": round(rate * flops / self.peak, 4) for kind, flops in self.flops.items()}
+        shares = mfu(rate, self.model, self.length, peak=self.peak)
+        return {f"{name}_{kind}": round(share, 4) for kind, share in shares.items()}
 
     def text(self, rate: float) -> str:
         causal, full = self.shares(rate).values()
         of = "of GEMM" if self.on_cpu else "MFU"
         return f"{rate:,.0f} tok/s  {causal:.0%}/{full:.0%} {of} (causal/full)"
-
-
-def training_flops_per_token(model, s):
-    shapes = model.parameter_shapes()
-    n = sum(a * b for shape in shapes.values() if len(shape) == 2 for a, b in [shape])
-    n -= 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-    att = 12 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * s
-    return {"causal": 6 * n + att / 2, "full": 6 * n + att}
