@@ -64,10 +64,16 @@ def rope_megatron_backward(saved: tuple, d_out: Tensor) -> Tensor:
     return pull(saved, d_out)[0]
 
 
-def rope_hf_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
+def rope_hf(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """transformers', heads first: gradients are laid out so that sums over them run in another order."""
+    x, half = x.transpose(1, 2), x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + rotated * sin
+
+
+def rope_hf_forward(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, tuple]:
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    out, saved = record(lambda x: (h := x.transpose(1, 2)) * cos + rotate_half(h) * sin, x)
+    out, saved = record(lambda x: rope_hf(x, cos, sin), x)
     return out.transpose(1, 2), saved
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch.nn import functional as F
 
 from forgetrain.engine.contract import Batch, Shard, StepResult
@@ -57,7 +58,7 @@ class Megatron:
             rotary_base=int(model.rope_theta),
             share_embeddings_and_output_weights=model.tie_word_embeddings,
         ).to(device)
-        self.gpt = gpt
+        self.gpt: Any = gpt
         self.ddp = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(
@@ -173,7 +174,7 @@ class Megatron:
 
     def _main_grads(self, kind: str, order: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Gradients as they stand in Megatron's fp32 buffer, of which the optimizer's are views."""
-        grads = {name: p.main_grad for name, p in self.gpt.named_parameters()}
+        grads: dict[str, Tensor] = {name: p.main_grad for name, p in self.gpt.named_parameters()}
         canonical = {name: grad.clone() for name, grad in from_megatron(self.target.model, grads).items()}
         for name in order:
             yield f"{name}#{kind}", canonical[name]
@@ -264,7 +265,7 @@ def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any =
         apply_shims()
     if not dist.is_initialized():
         # Megatron asks for a process group even for one rank; several ranks come with theirs, made by the caller
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", store=HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(1, 1)
     if device != "cpu":

@@ -1,0 +1,276 @@
+"""transformers as the reference: its Llama, Qwen2 and Qwen3 models, and MiniCPM4 by its published formulas.
+
+    with EngineProcess("forgetrain.reference.transformers", target) as reference:
+        reference.load(weights)
+        reference.step(batch, lr=1e-3)
+
+What trains is torch: AdamW, clip_grad_norm_, and in fp32 over several ranks DistributedDataParallel with a hook that
+sums instead of averaging. transformers has no bf16 policy with fp32 masters, so in bf16 this adapter keeps Megatron's:
+masters from the rounded weights, each micro-batch's gradients added to fp32 buffers, which are summed over ranks.
+
+MiniCPM4 (github.com/OpenBMB/MiniCPM, modeling_minicpm.py) is Llama with three scales: embeddings × scale_emb, each
+residual branch × scale_depth / sqrt(layers), hidden states ÷ (hidden_size / dim_model_base) before the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from forgetrain.engine.contract import Batch, Shard, StepResult
+from forgetrain.errors import UserError
+from forgetrain.reference.transformers_taps import Collector
+from forgetrain.spec.taps import forward_taps
+from forgetrain.spec.target import Model, Target, parse_target
+
+
+class Transformers:
+    """One rank of training a transformers model, behind the engine contract."""
+
+    def __init__(self, target: Target, device: str, precision: str, group: Any):
+        self.target, self.device, self.group = target, device, group
+        self.bf16 = precision == "bf16"
+        self.network = make_network(target.model, target.reference.attention, precision).to(device)
+        named = dict(self.network.named_parameters())
+        self.parameters = {name: named[name] for name in named if name in target.model.parameter_shapes()}
+        self.masters: dict[str, Tensor] = {
+            name: nn.Parameter(p.detach().float().clone()) if self.bf16 else p for name, p in self.parameters.items()
+        }
+        recipe = target.recipe
+        decayed = [p for p in self.masters.values() if p.dim() > 1]
+        others = [p for p in self.masters.values() if p.dim() <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=recipe.lr,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.eps,
+        )
+        self.model: Any = self.network
+        if group is not None and not self.bf16:
+            ddp = DistributedDataParallel(self.network, process_group=group)
+            ddp.register_comm_hook(group, _sum_over_ranks)
+            self.model = ddp
+
+    # One step
+
+    def step(self, batch: Any, lr: float) -> StepResult:
+        loss = self._gradients(batch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.target.recipe.clip)
+        applied = torch.isfinite(norm)
+        if applied:
+            self.optimizer.step()
+            self._round()
+        return StepResult(loss, norm.float(), applied)
+
+    def _gradients(self, batch: Any) -> Tensor:
+        """Leaves the step's summed gradients in the masters' ``grad``; returns the global loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=self.device)
+        micro_batches = list(self._micro_batches(batch))
+        for number, micro in enumerate(micro_batches):
+            loss = loss + self._backward(micro, last=number == len(micro_batches) - 1)[1].detach()
+        return self._reduced(loss)
+
+    def _backward(self, micro: _Micro, last: bool) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one micro-batch: nll [N, S] in fp32, and its share of the loss, []."""
+        together = self.model.no_sync() if self.model is not self.network and not last else contextlib.nullcontext()
+        with together:
+            nll, share = self._loss(self.model, micro)
+            share.backward()
+        if self.bf16:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    master = self.masters[name]
+                    if master.grad is None:
+                        master.grad = torch.zeros_like(master)
+                    master.grad.add_(p.grad)  # type: ignore[arg-type]
+                    p.grad = None
+        return nll, share
+
+    def _loss(self, model: Any, micro: _Micro) -> tuple[Tensor, Tensor]:
+        batch = micro.batch
+        logits = model(batch.tokens, attention_mask=micro.mask, position_ids=micro.position, use_cache=False).logits
+        flat = logits.float().view(-1, self.target.model.vocab_size)
+        nll = F.cross_entropy(flat, batch.labels.reshape(-1), reduction="none").view(batch.labels.shape)
+        return nll, (nll * batch.mask).sum() / batch.loss_denominator
+
+    def _reduced(self, loss: Tensor) -> Tensor:
+        if self.group is not None:
+            dist.all_reduce(loss, group=self.group)
+            if self.bf16:
+                for master in self.masters.values():
+                    dist.all_reduce(master.grad, group=self.group)
+        return loss
+
+    def _round(self) -> None:
+        if self.bf16:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(self.masters[name])
+
+    def _micro_batches(self, batch: Any) -> Iterator[_Micro]:
+        """Micro-batches with the attention mask and positions that the target's documents ask for."""
+        n, s = batch.tokens.shape
+        documents, mask, position = self.target.data.documents, None, None
+        if documents != "ignore":
+            place = torch.arange(n * s, device=self.device)
+            number = torch.searchsorted(batch.cu_seqlens, place, right=True)
+            if documents == "mask+reset":
+                position = (place - batch.cu_seqlens[number - 1]).view(n, s)
+            document = number.view(n, s)
+            triangle = torch.ones(s, s, dtype=torch.bool, device=self.device).tril()
+            mask = ((document[:, :, None] == document[:, None, :]) & triangle)[:, None]
+            if self.target.reference.attention == "eager":
+                dtype = torch.bfloat16 if self.bf16 else torch.float32
+                mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill(
+                    ~mask, torch.finfo(dtype).min
+                )
+        for start in range(0, n, self.target.recipe.micro_batch_size):
+            row = slice(start, start + self.target.recipe.micro_batch_size)
+            part = Batch(
+                batch.tokens[row], batch.labels[row], batch.mask[row], batch.cu_seqlens, batch.loss_denominator
+            )
+            yield _Micro(part, None if mask is None else mask[row], None if position is None else position[row])
+
+    @torch.no_grad()
+    def loss(self, batch: Any) -> Tensor:
+        own = batch._replace(loss_denominator=batch.mask.sum())
+        return torch.stack([self._loss(self.network, micro)[1] for micro in self._micro_batches(own)]).sum()
+
+    def probe(self, batch: Any) -> Iterable[tuple[str, Tensor]]:
+        places = [tap.name for tap in forward_taps(self.target.model)]
+        self.optimizer.zero_grad(set_to_none=True)
+        micro_batches = list(self._micro_batches(batch))
+        for number, micro in enumerate(micro_batches):
+            with Collector(self.network, self.target.model) as found:
+                nll, share = self._backward(micro, last=number == len(micro_batches) - 1)
+            found.forward |= {"nll": nll.detach(), "loss": share.detach()}
+            for place in places:
+                yield f"{place}#fwd@{number}", found.forward.pop(place)
+            for place in reversed(places):
+                if place in found.grad:
+                    yield f"{place}#grad@{number}", found.grad.pop(place)
+        self._reduced(torch.zeros((), device=self.device))
+        order = list(reversed(self.target.model.parameter_shapes()))
+        for name in order:
+            yield f"{name}#grad", self.masters[name].grad.clone()  # type: ignore[union-attr]
+        torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.target.recipe.clip)
+        for name in order:
+            yield f"{name}#clipped", self.masters[name].grad.clone()  # type: ignore[union-attr]
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # Weights and state
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(weights[name])
+            self.masters[name].copy_(p)
+        self.optimizer.state.clear()
+
+    def state(self) -> dict[str, Shard]:
+        shards, updates = {}, 0
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            for name in self.target.model.parameter_shapes():
+                master = self.masters[name]
+                slot = self.optimizer.state.get(master, {})
+                updates = int(slot.get("step", 0))
+                tensor = master.detach() if kind == "master" else slot.get(kind, torch.zeros_like(master)).detach()
+                shards[f"{kind}/{name}"] = Shard(tensor, tuple(tensor.shape), (0,) * tensor.dim())
+        return {**shards, "step": Shard(torch.tensor(updates), (), ())}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        updates = int(state["step"].tensor)
+        self.optimizer.state.clear()
+        for name, master in self.masters.items():
+            master.copy_(state[f"master/{name}"].tensor)
+            if updates:
+                moments = {kind: state[f"{kind}/{name}"].tensor.clone() for kind in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[master] = {"step": torch.tensor(float(updates)), **moments}
+        self._round()
+
+
+class _Micro:
+    """A micro-batch with transformers' attention mask [N, 1, S, S] and positions [N, S], or None for the defaults."""
+
+    def __init__(self, batch: Batch, mask: Tensor | None, position: Tensor | None):
+        self.batch, self.mask, self.position = batch, mask, position
+
+
+def _sum_over_ranks(group: Any, bucket) -> Any:  # the bucket has no annotation: DDP refuses one that is a string
+    """DDP's averaging replaced by a sum: the loss's denominator is global already."""
+    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]
+
+
+def make_network(model: Model, attention: str, precision: str) -> Any:
+    """The model of transformers that computes this, with random weights. Raises UserError without transformers."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"transformers is not usable: {error}",
+            key="reference.name",
+            remedy="pip install 'forgetrain[transformers]'",
+        ) from None
+    family = {"llama": "Llama", "minicpm": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model.architecture]
+    config = getattr(transformers, family + "Config")(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        rms_norm_eps=model.rms_norm_eps,
+        tie_word_embeddings=model.tie_word_embeddings,
+        max_position_embeddings=model.max_position_embeddings,
+        rope_theta=model.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        attention_dropout=0.0,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    config._attn_implementation = attention
+    # made in this dtype, not cast to it: a cast would round the table of RoPE's frequencies too
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
+    try:
+        network = getattr(transformers, family + "ForCausalLM")(config)
+    finally:
+        torch.set_default_dtype(before)
+    network.train()
+    scale_like_minicpm(network, model)
+    return network
+
+
+def scale_like_minicpm(network: Any, model: Model) -> None:
+    """Adds MiniCPM's scales, where the model has them, as hooks on Llama's modules."""
+    if model.scale_emb is not None:
+        scale_emb = model.scale_emb
+        network.model.embed_tokens.register_forward_hook(lambda _, __, out: out * scale_emb)
+    if model.residual_scale is not None:
+        scale = model.residual_scale
+        for layer in network.model.layers:
+            layer.self_attn.register_forward_hook(lambda _, __, out: (out[0] * scale, *out[1:]))
+            layer.mlp.register_forward_hook(lambda _, __, out: out * scale)
+    if model.logit_divisor is not None:
+        divisor = model.logit_divisor
+        network.lm_head.register_forward_pre_hook(lambda _, args: (args[0] / divisor, *args[1:]))
+
+
+def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any = None) -> Transformers:
+    """The factory; ``mesh`` is the caller's data-parallel mesh, or None."""
+    return Transformers(parse_target(dict(target)), device, precision, None if mesh is None else mesh.get_group())
