@@ -221,3 +221,16 @@ def test_unigram_loss_is_the_cross_entropy_of_the_counts():
     half = unigram_loss([train, np.array([0, 0, 10])], [1.0, 1.0], [held, held])["held_out"]
     q = (p + np.array([1, 1, 11]) / 13) / 2
     assert half == pytest.approx(-(3 * np.log(q[0]) + np.log(q[2])) / 4)
+
+
+def test_ctrl_c_in_the_middle_leaves_the_old_folder(target, tmp_path, monkeypatch):
+    before = build_data(target, tmp_path / "data").sha256
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(indexed.TokenWriter, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_data(target, tmp_path / "data", force=True)
+    assert open_data(tmp_path / "data", target).sha256 == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from forgetrain.data.files import sha256_file
+from forgetrain.durable import sha256_file
 from forgetrain.errors import UserError
 from forgetrain.train import checkpoint
 from forgetrain.train.loop import train

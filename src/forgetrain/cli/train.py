@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target
-from forgetrain.data.files import read_json
+from forgetrain.durable import read_json
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Target, parse_target
 from forgetrain.train.display import say

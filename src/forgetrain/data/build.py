@@ -29,7 +29,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgetrain.data.corpus import STDLIB, Document, Rejects, documents, source_files, source_root
-from forgetrain.data.files import new_folder, sha256_file, write_json
 from forgetrain.data.folder import FORMAT, MANIFEST, TOKENIZER, DataFolder, open_data
 from forgetrain.data.indexed import TokenFile, TokenWriter, suffixed
 from forgetrain.data.tokenizer import (
@@ -41,6 +40,7 @@ from forgetrain.data.tokenizer import (
     save_trained,
     train_tokenizer,
 )
+from forgetrain.durable import new_folder, sha256_file, write_json
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Source, Target
 

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forgetrain.data.files import read_json, sha256_file
 from forgetrain.data.indexed import TokenFile, suffixed
 from forgetrain.data.tokenizer import TokenizerFolder, open_tokenizer
+from forgetrain.durable import read_json, sha256_file
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Target
 

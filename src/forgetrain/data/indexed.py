@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forgetrain.data.files import no_space_named
+from forgetrain.durable import no_space_named
 from forgetrain.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"

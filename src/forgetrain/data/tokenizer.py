@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from forgetrain.data.files import read_json, write_json
+from forgetrain.durable import read_json, write_json
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Model
 

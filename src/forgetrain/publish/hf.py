@@ -25,8 +25,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from forgetrain.data.files import new_folder, no_space_named, read_json, write_json
 from forgetrain.data.tokenizer import CHAT_TEMPLATE, IM_START, TokenizerFolder, open_tokenizer
+from forgetrain.durable import new_folder, no_space_named, read_json, write_json
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Model, Target, parse_target
 from forgetrain.train import checkpoint

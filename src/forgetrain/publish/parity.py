@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetrain.data.files import sha256_file
+from forgetrain.durable import sha256_file
 from forgetrain.engine.contract import make_batch
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import load_engine, write_engine

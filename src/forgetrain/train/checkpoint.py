@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from forgetrain.data.files import NO_SPACE, no_space_named, read_json, sha256_file, sync_folder, write_json
+from forgetrain.durable import NO_SPACE, no_space_named, read_json, sha256_file, sync_folder, write_json
 from forgetrain.engine.contract import Engine, Shard
 from forgetrain.errors import UserError
 from forgetrain.train.world import World

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from forgetrain.data.files import write_json
+from forgetrain.durable import write_json
 from forgetrain.engine.contract import Batch
 from forgetrain.errors import UserError
 from forgetrain.train.metrics import Measured

@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 
 import forgetrain
-from forgetrain.data.files import write_json
 from forgetrain.data.folder import DataFolder, open_data
 from forgetrain.data.loader import Loader
+from forgetrain.durable import write_json
 from forgetrain.engine.contract import Engine, weight_hash
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import fingerprint, make_deterministic

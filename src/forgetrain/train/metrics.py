@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from forgetrain.data.files import no_space_named
+from forgetrain.durable import no_space_named
 
 
 class Measured(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from forgetrain.data.files import read_json, sha256_file
+from forgetrain.durable import read_json, sha256_file
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
