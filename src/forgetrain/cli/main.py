@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from forgetrain.cli import data, export, generate, ledger, train
+from forgetrain.cli import data, estimate, export, generate, ledger, target, train
 from forgetrain.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +17,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(target.app, name="target")
+app.command("estimate")(estimate.command)
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.command("train")(train.command)

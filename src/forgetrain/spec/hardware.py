@@ -9,7 +9,7 @@ what a copy kernel reaches where somebody measured it, else the datasheet's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from forgetrain.errors import UserError
@@ -111,7 +111,7 @@ def hardware_of(hardware: Hardware, *, file: object = None) -> Device:
     device = HARDWARE[hardware.name]
     if hardware.memory_gib is None:
         return device
-    return Device(**(vars(device) | {"memory_gib": hardware.memory_gib}))
+    return replace(device, memory_gib=hardware.memory_gib)
 
 
 def units(hardware: Hardware) -> int:

@@ -1,0 +1,68 @@
+"""The targets that ship load, say what they should, and can be trained as they are."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from forgetrain.spec.estimate import estimate_target, parameters
+from forgetrain.spec.schedule import learning_rate
+from forgetrain.spec.target import Target, load_target, parse_target
+from forgetrain.spec.toml import to_toml
+
+FILES = sorted((Path(__file__).parents[2] / "targets").glob("*.toml"))
+
+
+def load(name: str) -> Target:
+    return load_target(next(file for file in FILES if file.stem == name))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_target_that_ships(file):
+    target = load_target(file)
+    assert target.name == file.stem
+    assert estimate_target(target, shard=target.hardware.count > 1).fits in (True, None)
+    assert learning_rate(target.recipe, target.recipe.steps - 1) > 0
+    # written out and read again it is the same target
+    assert parse_target(tomllib.loads(to_toml(target))) == target
+    assert parse_target(tomllib.loads(to_toml(target, comment="one\ntwo", defaults=False))) == target
+
+
+def test_nano_is_minicpm5_shrunk():
+    nano, big = load("nano-cpu").model, load("minicpm5-1b-h200").model
+    assert 8e6 <= parameters(nano).total <= 12e6
+    for model in (nano, big):
+        assert model.num_attention_heads * model.head_dim != model.hidden_size
+        assert model.num_attention_heads == 8 * model.num_key_value_heads
+        assert model.intermediate_size == 3 * model.hidden_size
+        assert not model.tie_word_embeddings
+    assert (nano.rope_theta, nano.rms_norm_eps) == (big.rope_theta, big.rms_norm_eps)
+    assert load("nano-cpu").at_gates_shape().recipe.batch_size == 2
+
+
+def test_dimensions_of_the_big_ones():
+    def dims(name: str) -> tuple[int, ...]:
+        m = load(name).model
+        return (
+            *(m.hidden_size, m.intermediate_size, m.num_hidden_layers, m.num_attention_heads),
+            *(m.num_key_value_heads, m.head_dim, m.vocab_size),
+        )
+
+    assert dims("minicpm5-1b-h200") == (1536, 4608, 24, 16, 2, 128, 130560)
+    assert dims("minicpm4-0.5b-h200") == (1024, 4096, 24, 16, 2, 64, 73448)
+    assert dims("minicpm4-8b-h100x8") == (4096, 16384, 32, 32, 2, 128, 73448)
+    for name in ("minicpm4-0.5b-h200", "minicpm4-8b-h100x8"):
+        model = load(name).model
+        assert (model.scale_emb, model.scale_depth, model.dim_model_base) == (12, 1.4, 256)
+        assert (model.rope_theta, model.rms_norm_eps, model.architecture) == (1e4, 1e-6, "minicpm")
+
+
+@pytest.mark.parametrize("name", ["minicpm5-1b-h200", "minicpm4-0.5b-h200", "minicpm4-8b-h100x8"])
+def test_production_recipes(name):
+    target = load(name)
+    recipe = target.recipe
+    assert target.precision.dtype == "bf16"
+    assert recipe.sequence_length == 4096
+    assert recipe.batch_size >= 16 * recipe.micro_batch_size * target.hardware.count
