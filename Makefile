@@ -1,0 +1,62 @@
+# make run: the main job, once. make test: what a change must pass. Both make .venv first.
+#   TORCH=cpu      take PyTorch's CPU build from PyTorch's own index
+#   PYTHON=...     the interpreter for .venv
+
+SHELL := /bin/bash
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)) python3)
+TORCH ?= default
+TARGET ?= targets/nano-cpu.toml
+BIN := .venv/bin
+PINS := pyproject.toml constraints/torch.txt scripts/setup.py
+
+.PHONY: help run setup setup-dev test test-slow test-gpu checks format lock bench preflight
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run         the main job: reference, golden record, bitwise engine, training, a reply"
+	@echo "make test        the tests (make test-slow: the slow ones; make test-gpu: those for a GPU)"
+	@echo "make checks      formatting, lint, types"
+	@echo "make format      format and fix what can be fixed"
+	@echo "make bench       how long collecting and aligning take"
+	@echo "make setup       make .venv (make setup-dev: with what tests need)"
+	@echo "make preflight   look at what this machine has"
+	@echo "make lock        pin the dependencies anew (needs uv)"
+
+run: setup
+	$(BIN)/forgetrain run $(TARGET)
+
+setup: .venv/run.stamp
+setup-dev: .venv/dev.stamp
+
+.venv/run.stamp: constraints/run.txt $(PINS)
+	@$(PYTHON) scripts/setup.py run --torch $(TORCH)
+
+.venv/dev.stamp: constraints/dev.txt $(PINS)
+	@$(PYTHON) scripts/setup.py dev --torch $(TORCH)
+
+preflight:
+	@$(PYTHON) scripts/setup.py --check
+
+test: setup-dev
+	$(BIN)/python -m pytest
+
+test-slow: setup-dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: setup-dev
+	$(BIN)/python -m pytest -m gpu
+
+checks: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: setup-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python bench/align.py
+
+lock:
+	@$(PYTHON) scripts/lock.py
