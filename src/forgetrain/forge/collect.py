@@ -1,0 +1,254 @@
+"""Collecting: the reference is run, judged (G0), and what it did becomes the golden record.
+
+    record = collect(target, Path("runs/nano-cpu/golden"))
+
+Everything happens at the ``[gates]`` shape, in processes of their own: the reference twice at world size 1 and twice at
+world size 2, and once in fp32 against the float64 oracle and the other reference. The batches are random tokens; the
+batches of later gates are drawn anew.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forgetrain.engine.contract import Batch, weight_hash
+from forgetrain.engine.process import EngineProcess
+from forgetrain.errors import UserError
+from forgetrain.forge.truth import Start, record_truth
+from forgetrain.gates.g0 import g0, relative_errors
+from forgetrain.gates.g2 import StepRecord
+from forgetrain.gates.verdict import Verdict
+from forgetrain.golden.batches import random_batch
+from forgetrain.golden.record import GoldenRecord, write_record
+from forgetrain.numerics.compare import difference
+from forgetrain.numerics.determinism import fingerprint
+from forgetrain.numerics.init import initial_weights
+from forgetrain.numerics.oracle import oracle_step
+from forgetrain.reference import megatron, megatron_shims
+from forgetrain.spec.schedule import learning_rate
+from forgetrain.spec.target import Target
+
+MODULES = {"megatron": "forgetrain.reference.megatron", "transformers": "forgetrain.reference.transformers"}
+_PACKAGES = {"megatron": "megatron-core", "transformers": "transformers"}
+#: The second reference in G0, and the attention that it is given.
+_OTHER = {"megatron": "transformers", "transformers": "megatron"}
+
+Report = Callable[[str, float], None]
+"""Gets the name of the stage that begins and the share of the work that is done, 0 to 1."""
+
+
+class ReferenceRejected(Exception):
+    """G0 failed: the verdict says why."""
+
+    def __init__(self, verdict: Verdict):
+        self.verdict = verdict
+        super().__init__(verdict.explanation)
+
+
+def environment(target: Target) -> dict[str, Any]:
+    """What the record's bits depend on besides the target: the fingerprint and the reference's own version."""
+    name = target.reference.name
+    try:
+        version = importlib.metadata.version(_PACKAGES[name])
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"{_PACKAGES[name]} is not installed",
+            key="reference.name",
+            value=name,
+            remedy=f"pip install 'forgetrain[{name}]'",
+        ) from None
+    print_of = fingerprint(device=target.hardware.device, threads=target.hardware.threads)
+    return {**print_of, _PACKAGES[name]: version}
+
+
+def check_reference(target: Target) -> None:
+    """Raises UserError for a reference that cannot be run for this target, before anything expensive starts."""
+    if target.reference.name not in MODULES:
+        raise UserError(
+            "is collected by forgetrain.capture in your own script, not by this command",
+            key="reference.name",
+            value=target.reference.name,
+            remedy="see docs/capture.md",
+        )
+    if target.reference.name == "megatron":
+        megatron.refuse_unsupported(target)
+    environment(target)
+
+
+def start_reference(target: Target, **options: Any) -> EngineProcess:
+    """The target's reference in a process of its own; ``options`` are EngineProcess's."""
+    return EngineProcess(MODULES[target.reference.name], target, **options)
+
+
+def steps_of(engine: EngineProcess, target: Target, batches: list[Batch], first: int = 0) -> Iterator[StepRecord]:
+    """Drives an engine over batches with the recipe's learning rates, one record a step."""
+    for step, batch in enumerate(batches[first:], first):
+        result = engine.step(batch, learning_rate(target.recipe, step))
+        yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), weight_hash(engine.state()))
+
+
+def collect(target: Target, folder: Path, report: Report | None = None) -> GoldenRecord:
+    """Runs the reference and writes its golden record to ``folder``.
+
+    Raises:
+        UserError: the reference is not installed, or does not have what the target asks for.
+        ReferenceRejected: gate G0 failed.
+        EngineFailure: the reference's process broke.
+    """
+    check_reference(target)
+    tell = report or (lambda stage, share: None)
+    gates = target.at_gates_shape()
+    seed = target.recipe.seed
+    weights = initial_weights(target.model, seed)
+    batches = [random_batch(gates, seed, step) for step in range(target.gates.steps)]
+    name = target.reference.name
+    tell(f"{name}, first run", 0.0)
+    one = _whole_run(gates, weights, batches)
+    tell(f"{name}, second run", 0.25)
+    again = _whole_run(gates, weights, batches)
+    runs = {"world size 1": (one.records, again.records)}
+    if gates.recipe.batch_size % 2 == 0:
+        for number, share in ((0, 0.5), (1, 0.65)):
+            tell(f"{name} at world size 2, {('first', 'second')[number]} run", share)
+            with start_reference(gates, ranks=2) as reference:
+                reference.load(weights)
+                records = list(steps_of(reference, gates, batches))
+            runs["world size 2"] = (runs["world size 2"][0], records) if number else (records, [])
+    tell("the float64 oracle and the other reference", 0.8)
+    errors, skipped = _judge_numerics(gates, weights, batches)
+    verdict = g0(runs, _unequal(one.evidence, again.evidence), errors, skipped)
+    if not verdict.passed:
+        raise ReferenceRejected(verdict)
+    tell("writing the record", 0.98)
+    trajectories = {int(label.rpartition(" ")[2]): [r.as_dict() for r in first] for label, (first, _) in runs.items()}
+    on_cpu = target.hardware.device == "cpu" and name == "megatron"
+    return write_record(
+        folder,
+        weights=weights,
+        batches=batches,
+        evidence=one.evidence,
+        trajectories=trajectories,
+        timing={"seconds_per_step": one.seconds},
+        manifest={
+            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "target": gates.plain(),
+            "precision": gates.precision.dtype,
+            "reference": {"name": name, "shims": megatron_shims.SHIMS if on_cpu else {}},
+            "environment": environment(target),
+            "seed": seed,
+            "learning_rates": [learning_rate(gates.recipe, step) for step in range(len(batches))],
+            "verdicts": [verdict.as_dict()],
+        },
+    )
+
+
+def open_or_collect(
+    target: Target, folder: Path, report: Report | None = None, say: Callable[[str], None] = print
+) -> GoldenRecord:
+    """The record that this program keeps for a target: collected again, with the reason, when it does not fit."""
+    check_reference(target)
+    if folder.exists():
+        try:
+            record = GoldenRecord.open(folder)
+            reason = record.misfit(target, target.precision.dtype, environment(target))
+        except UserError as error:
+            record, reason = None, str(error)
+        if record is not None and reason is None:
+            return record
+        say(f"collecting again: {reason}")
+    return collect(target, folder, report)
+
+
+def open_named(target: Target, folder: Path) -> GoldenRecord:
+    """A record that the user named. Raises UserError when it does not fit this target and environment."""
+    remedy = f"run forgetrain collect to make one here, in place of {folder}"
+    record = GoldenRecord.open(folder, remedy=remedy)
+    reason = record.misfit(target, target.precision.dtype, environment(target))
+    if reason is not None:
+        raise UserError(f"does not fit: {reason}", file=folder, remedy=remedy)
+    return record
+
+
+@dataclass(frozen=True)
+class _Run:
+    evidence: dict[str, Tensor]
+    records: list[StepRecord]
+    seconds: list[float]
+
+
+def _whole_run(target: Target, weights: dict[str, Tensor], batches: list[Batch]) -> _Run:
+    """Taps and state of the first step, then every step, in one process."""
+    with start_reference(target) as reference:
+        rate = learning_rate(target.recipe, 0)
+        truth = record_truth(reference, target, "golden batch", Start(weights=weights), batches[0], rate)
+        state = {name: truth.tensors[name] for name in truth.names if name.startswith("master/")}
+        loss, norm = (float(truth.tensors[name]) for name in ("step.loss", "step.grad_norm"))
+        records, seconds = [StepRecord(loss, norm, True, weight_hash(state))], []
+        for step, batch in enumerate(batches[1:], 1):
+            began = time.perf_counter()
+            result = reference.step(batch, learning_rate(target.recipe, step))
+            seconds.append(time.perf_counter() - began)
+            digest = weight_hash(reference.state())
+            records.append(StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), digest))
+    return _Run({name: truth.tensors[name] for name in truth.names}, records, seconds)
+
+
+def _unequal(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, str]:
+    """Names whose tensors differ between two runs, with how."""
+    found = {}
+    for name in first:
+        differs = "is missing" if name not in second else difference(first[name], second[name])
+        if differs is not None:
+            found[name] = str(differs)
+    return found
+
+
+def _judge_numerics(
+    target: Target, weights: dict[str, Tensor], batches: list[Batch]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Relative errors of the first two updates' clipped gradients in fp32: against the oracle, started each time from
+    the reference's own weights, and of the first against the other reference."""
+    name, errors, skipped = target.reference.name, {}, []
+    clipped, starts = _two_updates(target, name, weights, batches)
+    for step in range(2):
+        due = oracle_step(target, starts[step], batches[step], 0.0)
+        errors[f"{name} against the oracle, step {step}"] = relative_errors(clipped[step], due.clipped)
+    other = _OTHER[name]
+    try:
+        if other == "megatron":
+            megatron.refuse_unsupported(target)
+        importlib.metadata.version(_PACKAGES[other])
+        theirs, _ = _two_updates(target, other, weights, batches[:1])
+        errors[f"{name} against {other}"] = relative_errors(clipped[0], theirs[0])
+    except UserError as error:
+        skipped.append(f"{other}: {error.problem}")
+    except importlib.metadata.PackageNotFoundError:
+        skipped.append(f"{other} is not installed")
+    return errors, skipped
+
+
+def _two_updates(
+    target: Target, reference: str, weights: dict[str, Tensor], batches: list[Batch]
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """For at most two steps in fp32: the clipped gradients, read back from the first moments, and the weights before."""
+    beta1 = target.recipe.beta1
+    clipped, starts, before = [], [dict(weights)], {name: torch.zeros(()) for name in weights}
+    with EngineProcess(MODULES[reference], target, precision="fp32") as engine:
+        engine.load(weights)
+        for step, batch in enumerate(batches[:2]):
+            engine.step(batch, learning_rate(target.recipe, step))
+            state = {key: shard.tensor for key, shard in engine.state().items()}
+            moments = {name: state[f"exp_avg/{name}"] for name in weights}
+            clipped.append({n: (moments[n].double() - beta1 * before[n].double()) / (1 - beta1) for n in weights})
+            starts.append({name: state[f"master/{name}"] for name in weights})
+            before = moments
+    return clipped, starts
