@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from forgetrain.cli import data, estimate, export, generate, ledger, target, train
+from forgetrain.cli import collect, data, estimate, export, generate, ledger, target, train
 from forgetrain.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(target.app, name="target")
 app.command("estimate")(estimate.command)
+app.command("collect")(collect.command)
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.command("train")(train.command)

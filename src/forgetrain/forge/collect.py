@@ -239,9 +239,10 @@ def _judge_numerics(
 def _two_updates(
     target: Target, reference: str, weights: dict[str, Tensor], batches: list[Batch]
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """For at most two steps in fp32: the clipped gradients, read back from the first moments, and the weights before."""
+    """For at most two steps in fp32: clipped gradients, read back from the first moments, and the weights before."""
     beta1 = target.recipe.beta1
-    clipped, starts, before = [], [dict(weights)], {name: torch.zeros(()) for name in weights}
+    clipped, starts = [], [dict(weights)]
+    before = {name: torch.zeros(()) for name in weights}
     with EngineProcess(MODULES[reference], target, precision="fp32") as engine:
         engine.load(weights)
         for step, batch in enumerate(batches[:2]):

@@ -32,6 +32,8 @@ from forgetrain.errors import UserError
 from forgetrain.spec.target import Target
 
 FORMAT = 1
+#: What of the recipe the record's bits depend on.
+_RECIPE_KEYS = ("batch_size", "micro_batch_size", "sequence_length", "beta1", "beta2", "eps", "weight_decay", "clip")
 MANIFEST, WEIGHTS, BATCHES, EVIDENCE = "manifest.json", "weights.safetensors", "batches.safetensors", "taps.safetensors"
 TRAJECTORY, TIMING = "trajectory.jsonl", "timing.json"
 
@@ -77,9 +79,7 @@ class GoldenRecord:
             if not path.is_file():
                 raise UserError("is missing from the golden record", file=path, remedy=remedy)
             if sha256_file(path) != expected:
-                raise UserError(
-                    "is not what the golden record's manifest says: a byte was changed", file=path, remedy=remedy
-                )
+                raise UserError("was changed: it is not what the manifest says", file=path, remedy=remedy)
         return cls(folder, manifest)
 
     def misfit(self, target: Target, precision: str, environment: Mapping[str, Any]) -> str | None:
@@ -93,16 +93,7 @@ class GoldenRecord:
                 if theirs.get(key) != ours[key]:
                     return f"its target has {section}.{key} = {theirs.get(key)!r}, this one {ours[key]!r}"
         recipe, ours = self.manifest["target"]["recipe"], target.at_gates_shape().plain()["recipe"]
-        for key in (
-            "batch_size",
-            "micro_batch_size",
-            "sequence_length",
-            "beta1",
-            "beta2",
-            "eps",
-            "weight_decay",
-            "clip",
-        ):
+        for key in _RECIPE_KEYS:
             if recipe[key] != ours[key]:
                 return f"its target has {key} = {recipe[key]!r} at the gates' shape, this one {ours[key]!r}"
         if len(self.trajectory(1)) != target.gates.steps:
