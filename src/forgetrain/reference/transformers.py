@@ -8,8 +8,7 @@ What trains is torch: AdamW, clip_grad_norm_, and in fp32 over several ranks Dis
 sums instead of averaging. transformers has no bf16 policy with fp32 masters, so in bf16 this adapter keeps Megatron's:
 masters from the rounded weights, each micro-batch's gradients added to fp32 buffers, which are summed over ranks.
 
-MiniCPM4 (github.com/OpenBMB/MiniCPM, modeling_minicpm.py) is Llama with three scales: embeddings × scale_emb, each
-residual branch × scale_depth / sqrt(layers), hidden states ÷ (hidden_size / dim_model_base) before the head.
+MiniCPM4, of which transformers has no model, is in ``reference.minicpm``.
 """
 
 from __future__ import annotations
@@ -221,7 +220,7 @@ def make_network(model: Model, attention: str, precision: str) -> Any:
         raise UserError(
             f"transformers is not usable: {error}",
             key="reference.name",
-            remedy="pip install 'forgetrain[transformers]'",
+            remedy="run pip install 'forgetrain[transformers]'",
         ) from None
     family = {"llama": "Llama", "minicpm": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model.architecture]
     config = getattr(transformers, family + "Config")(
@@ -249,26 +248,13 @@ def make_network(model: Model, attention: str, precision: str) -> Any:
     torch.set_default_dtype(torch.bfloat16 if precision == "bf16" else torch.float32)
     try:
         network = getattr(transformers, family + "ForCausalLM")(config)
+        if model.architecture == "minicpm":
+            from forgetrain.reference.minicpm import make_minicpm
+
+            make_minicpm(network, model)
     finally:
         torch.set_default_dtype(before)
-    network.train()
-    scale_like_minicpm(network, model)
-    return network
-
-
-def scale_like_minicpm(network: Any, model: Model) -> None:
-    """Adds MiniCPM's scales, where the model has them, as hooks on Llama's modules."""
-    if model.scale_emb is not None:
-        scale_emb = model.scale_emb
-        network.model.embed_tokens.register_forward_hook(lambda _, __, out: out * scale_emb)
-    if model.residual_scale is not None:
-        scale = model.residual_scale
-        for layer in network.model.layers:
-            layer.self_attn.register_forward_hook(lambda _, __, out: (out[0] * scale, *out[1:]))
-            layer.mlp.register_forward_hook(lambda _, __, out: out * scale)
-    if model.logit_divisor is not None:
-        divisor = model.logit_divisor
-        network.lm_head.register_forward_pre_hook(lambda _, args: (args[0] / divisor, *args[1:]))
+    return network.train()
 
 
 def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any = None) -> Transformers:
