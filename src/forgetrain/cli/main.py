@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from forgetrain.cli import collect, data, estimate, export, generate, ledger, target, train
+from forgetrain.cli import align, collect, data, engine, estimate, export, generate, ledger, target, train
 from forgetrain.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.add_typer(target.app, name="target")
 app.command("estimate")(estimate.command)
 app.command("collect")(collect.command)
+app.command("align")(align.command)
+app.add_typer(engine.app, name="engine")
 app.add_typer(data.app, name="data")
 app.add_typer(ledger.app, name="ledger")
 app.command("train")(train.command)

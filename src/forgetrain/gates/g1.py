@@ -67,18 +67,11 @@ def evidence_op(name: str, model: Model) -> str:
         return "unknown"
 
 
-def g1(
-    expected: Iterable[tuple[str, Tensor]],
-    actual: Iterable[tuple[str, Tensor]],
-    model: Model,
-    *,
-    sandboxed: bool = False,
-) -> Verdict:
-    """Passed when both streams have the same names in the same order and every tensor is equal bit for bit.
+def g1(divergence: Divergence | None, equal: int, *, sandboxed: bool = False) -> Verdict:
+    """Takes what ``first_divergence`` found. Passed when nothing differs and there was something to compare.
 
     ``statistic`` is the number of tensors that are equal before the first difference.
     """
-    divergence, equal = first_divergence(expected, actual, model)
     if divergence is not None:
         return Verdict(
             "G1",

@@ -1,0 +1,70 @@
+"""``forgetrain align``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.errors import UserError
+
+
+def command(
+    target_file: TargetFile,
+    engine: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Diagnose this engine file, without changing it.")
+    ] = None,
+    golden: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A golden record. Default: RUNS/<target>/golden, made if needed.")
+    ] = None,
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Build an engine that equals the reference bit for bit, or say where an engine leaves it."""
+    # these load torch, the references' adapters and the judge, which other commands do without
+    from forgetrain.forge.align import align, diagnose
+    from forgetrain.forge.collect import ReferenceRejected, open_named, open_or_collect
+    from forgetrain.forge.examine import ReferenceFailure
+
+    target = read_target(target_file, overrides)
+    if engine is not None and not engine.is_file():
+        raise UserError("no such engine file", file=engine, remedy="name an engine's .py file")
+    folder = runs / target.name
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("starting", total=1.0)
+
+            def report(stage: str, share: float) -> None:
+                progress.update(task, description=stage, completed=share)
+
+            def say(line: str) -> None:
+                console.print(line, highlight=False, markup=False)
+
+            if golden is not None:
+                record = open_named(target, golden)
+            else:
+                record = open_or_collect(target, folder / "golden", report, say)
+            if engine is None:
+                result = align(target, folder / "engine", record, report=report, say=say)
+            else:
+                result = diagnose(target, engine, record, report=report)
+    except ReferenceRejected as rejected:
+        say(f"G0 failed: {rejected}")
+        emit({"passed": False, "verdicts": [rejected.verdict.as_dict()]}, as_json)
+        raise typer.Exit(1) from None
+    except ReferenceFailure as failure:
+        raise UserError(str(failure), remedy="see whether forgetrain collect runs") from None
+    for verdict in result.verdicts:
+        say(f"{verdict.gate} {'passed' if verdict.passed else 'FAILED'}: {verdict.explanation}")
+    if result.plan is not None:
+        say(f"{len(result.attempts)} attempts in {result.seconds:.0f} s; {result.engine}")
+    emit(result.as_dict(), as_json)
+    if engine is not None and result.broken is not None:
+        raise UserError(result.broken, file=engine, remedy="see docs/engine-contract.md")
+    if not result.passed:
+        raise typer.Exit(1)
