@@ -10,7 +10,13 @@ class UserError(Exception):
     """
 
     def __init__(
-        self, problem: str, *, file: object = None, key: str | None = None, value: object = None, remedy: str | None = None
+        self,
+        problem: str,
+        *,
+        file: object = None,
+        key: str | None = None,
+        value: object = None,
+        remedy: str | None = None,
     ):
         self.problem, self.file, self.key, self.value, self.remedy = problem, file, key, value, remedy
         super().__init__(str(self))

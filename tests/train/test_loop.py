@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import signal
@@ -216,6 +217,14 @@ def test_an_engine_for_another_model_is_refused_in_one_line(tmp_path):
     other = target.model_copy(update={"model": target.model.model_copy(update={"hidden_size": 48})})
     with pytest.raises(UserError, match=r"kept\.py: refuses the target: .*hidden_size"):
         run(other, tmp_path, engine=str(kept), unverified=True, restart=True)
+
+
+def test_another_engine_at_resume_is_said(tmp_path):
+    target, _ = built(tmp_path)
+    run(target, tmp_path, stop_after=2)
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+    train(target, runs=tmp_path, console=console, resume=True, engine=str(toy(tmp_path)), unverified=True)
+    assert "resuming with the engine" in console.export_text()
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped_at_resume(tmp_path):

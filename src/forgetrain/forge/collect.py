@@ -13,6 +13,8 @@ import datetime
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +91,12 @@ def start_reference(target: Target, **options: Any) -> EngineProcess:
     return EngineProcess(MODULES[target.reference.name], target, **options)
 
 
-def steps_of(engine: EngineProcess, target: Target, batches: list[Batch], first: int = 0) -> Iterator[StepRecord]:
-    """Drives an engine over batches with the recipe's learning rates, one record a step."""
-    for step, batch in enumerate(batches[first:], first):
+def steps_of(
+    engine: EngineProcess, target: Target, batches: list[Batch], weights: dict[str, Tensor]
+) -> Iterator[StepRecord]:
+    """Drives an engine over batches from ``weights`` with the recipe's learning rates, one record a step."""
+    engine.load(weights)
+    for step, batch in enumerate(batches):
         result = engine.step(batch, learning_rate(target.recipe, step))
         yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), weight_hash(engine.state()))
 
@@ -107,28 +112,39 @@ def collect(target: Target, folder: Path, report: Report | None = None) -> Golde
     check_reference(target)
     tell = report or (lambda stage, share: None)
     gates = target.at_gates_shape()
-    seed = target.recipe.seed
+    seed, name = target.recipe.seed, target.reference.name
     weights = initial_weights(target.model, seed)
     batches = [random_batch(gates, seed, step) for step in range(target.gates.steps)]
-    name = target.reference.name
-    tell(f"{name}, first run", 0.0)
-    one = _whole_run(gates, weights, batches)
-    tell(f"{name}, second run", 0.25)
-    again = _whole_run(gates, weights, batches)
-    runs = {"world size 1": (one.records, again.records)}
-    if gates.recipe.batch_size % 2 == 0:
-        for number, share in ((0, 0.5), (1, 0.65)):
-            tell(f"{name} at world size 2, {('first', 'second')[number]} run", share)
-            with start_reference(gates, ranks=2) as reference:
-                reference.load(weights)
-                records = list(steps_of(reference, gates, batches))
-            runs["world size 2"] = (runs["world size 2"][0], records) if number else (records, [])
-    tell("the float64 oracle and the other reference", 0.8)
-    errors, skipped = _judge_numerics(gates, weights, batches)
+    other, skipped = _other_reference(target)
+    # Processes are started ahead of their use: importing a reference takes as long as running it here. They die with
+    # the threads that started them, so the pool lives as long as they do.
+    with ThreadPoolExecutor(max_workers=2) as pool, ExitStack() as started:
+
+        def start(reference: str, **options: Any) -> Callable[[], EngineProcess]:
+            begun = pool.submit(EngineProcess, MODULES[reference], gates, **options)
+            started.callback(lambda: begun.exception() or begun.result().close())
+            return begun.result
+
+        alone = [start(name), start(name)]
+        pairs = [start(name, ranks=2), start(name, ranks=2)] if gates.recipe.batch_size % 2 == 0 else []
+        in_fp32 = {which: start(which, precision="fp32") for which in (name, other) if which is not None}
+        tell(f"{name}, first run", 0.0)
+        one = _whole_run(alone[0](), gates, weights, batches)
+        tell(f"{name}, second run", 0.3)
+        again = _whole_run(alone[1](), gates, weights, batches)
+        runs = {"world size 1": (one.records, again.records)}
+        if pairs:
+            both = []
+            for number, word in enumerate(("first", "second")):
+                tell(f"{name} at world size 2, {word} run", 0.5 + 0.2 * number)
+                both.append(list(steps_of(pairs[number](), gates, batches, weights)))
+            runs["world size 2"] = (both[0], both[1])
+        tell("the float64 oracle and the other reference", 0.9)
+        errors = _judge_numerics(gates, weights, batches, {which: wait() for which, wait in in_fp32.items()})
     verdict = g0(runs, _unequal(one.evidence, again.evidence), errors, skipped)
     if not verdict.passed:
         raise ReferenceRejected(verdict)
-    tell("writing the record", 0.98)
+    tell("writing the record", 0.99)
     trajectories = {int(label.rpartition(" ")[2]): [r.as_dict() for r in first] for label, (first, _) in runs.items()}
     on_cpu = target.hardware.device == "cpu" and name == "megatron"
     return write_record(
@@ -185,20 +201,19 @@ class _Run:
     seconds: list[float]
 
 
-def _whole_run(target: Target, weights: dict[str, Tensor], batches: list[Batch]) -> _Run:
-    """Taps and state of the first step, then every step, in one process."""
-    with start_reference(target) as reference:
-        rate = learning_rate(target.recipe, 0)
-        truth = record_truth(reference, target, "golden batch", Start(weights=weights), batches[0], rate)
-        state = {name: truth.tensors[name] for name in truth.names if name.startswith("master/")}
-        loss, norm = (float(truth.tensors[name]) for name in ("step.loss", "step.grad_norm"))
-        records, seconds = [StepRecord(loss, norm, True, weight_hash(state))], []
-        for step, batch in enumerate(batches[1:], 1):
-            began = time.perf_counter()
-            result = reference.step(batch, learning_rate(target.recipe, step))
-            seconds.append(time.perf_counter() - began)
-            digest = weight_hash(reference.state())
-            records.append(StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), digest))
+def _whole_run(reference: EngineProcess, target: Target, weights: dict[str, Tensor], batches: list[Batch]) -> _Run:
+    """Taps and state of the first step, then every step."""
+    rate = learning_rate(target.recipe, 0)
+    truth = record_truth(reference, target, "golden batch", Start(weights=weights), batches[0], rate)
+    state = {name: truth.tensors[name] for name in truth.names if name.startswith("master/")}
+    loss, norm = (float(truth.tensors[name]) for name in ("step.loss", "step.grad_norm"))
+    records, seconds = [StepRecord(loss, norm, True, weight_hash(state))], []
+    for step, batch in enumerate(batches[1:], 1):
+        began = time.perf_counter()
+        result = reference.step(batch, learning_rate(target.recipe, step))
+        seconds.append(time.perf_counter() - began)
+        digest = weight_hash(reference.state())
+        records.append(StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), digest))
     return _Run({name: truth.tensors[name] for name in truth.names}, records, seconds)
 
 
@@ -212,44 +227,50 @@ def _unequal(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, s
     return found
 
 
-def _judge_numerics(
-    target: Target, weights: dict[str, Tensor], batches: list[Batch]
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Relative errors of the first two updates' clipped gradients in fp32: against the oracle, started each time from
-    the reference's own weights, and of the first against the other reference."""
-    name, errors, skipped = target.reference.name, {}, []
-    clipped, starts = _two_updates(target, name, weights, batches)
-    for step in range(2):
-        due = oracle_step(target, starts[step], batches[step], 0.0)
-        errors[f"{name} against the oracle, step {step}"] = relative_errors(clipped[step], due.clipped)
-    other = _OTHER[name]
+def _other_reference(target: Target) -> tuple[str | None, list[str]]:
+    """A second reference that is installed and has the model, or None and why not."""
+    other = _OTHER[target.reference.name]
     try:
         if other == "megatron":
             megatron.refuse_unsupported(target)
         importlib.metadata.version(_PACKAGES[other])
-        theirs, _ = _two_updates(target, other, weights, batches[:1])
-        errors[f"{name} against {other}"] = relative_errors(clipped[0], theirs[0])
     except UserError as error:
-        skipped.append(f"{other}: {error.problem}")
+        return None, [f"{other}: {error.problem}"]
     except importlib.metadata.PackageNotFoundError:
-        skipped.append(f"{other} is not installed")
-    return errors, skipped
+        return None, [f"{other} is not installed"]
+    return other, []
+
+
+def _judge_numerics(
+    target: Target, weights: dict[str, Tensor], batches: list[Batch], engines: dict[str, EngineProcess]
+) -> dict[str, dict[str, float]]:
+    """Relative errors of the first two updates' clipped gradients in fp32: against the oracle, started each time from
+    the reference's own weights, and of the first against the other reference. The target's reference comes first."""
+    (name, engine), *others = engines.items()
+    clipped, starts = _two_updates(engine, target, weights, batches)
+    errors = {}
+    for step in range(2):
+        due = oracle_step(target, starts[step], batches[step], 0.0)
+        errors[f"{name} against the oracle, step {step}"] = relative_errors(clipped[step], due.clipped)
+    for other, engine in others:
+        theirs, _ = _two_updates(engine, target, weights, batches[:1])
+        errors[f"{name} against {other}"] = relative_errors(clipped[0], theirs[0])
+    return errors
 
 
 def _two_updates(
-    target: Target, reference: str, weights: dict[str, Tensor], batches: list[Batch]
+    engine: EngineProcess, target: Target, weights: dict[str, Tensor], batches: list[Batch]
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
-    """For at most two steps in fp32: clipped gradients, read back from the first moments, and the weights before."""
+    """For at most two steps: clipped gradients, read back from the first moments, and the weights before."""
     beta1 = target.recipe.beta1
     clipped, starts = [], [dict(weights)]
     before = {name: torch.zeros(()) for name in weights}
-    with EngineProcess(MODULES[reference], target, precision="fp32") as engine:
-        engine.load(weights)
-        for step, batch in enumerate(batches[:2]):
-            engine.step(batch, learning_rate(target.recipe, step))
-            state = {key: shard.tensor for key, shard in engine.state().items()}
-            moments = {name: state[f"exp_avg/{name}"] for name in weights}
-            clipped.append({n: (moments[n].double() - beta1 * before[n].double()) / (1 - beta1) for n in weights})
-            starts.append({name: state[f"master/{name}"] for name in weights})
-            before = moments
+    engine.load(weights)
+    for step, batch in enumerate(batches[:2]):
+        engine.step(batch, learning_rate(target.recipe, step))
+        state = {key: shard.tensor for key, shard in engine.state().items()}
+        moments = {name: state[f"exp_avg/{name}"] for name in weights}
+        clipped.append({n: (moments[n].double() - beta1 * before[n].double()) / (1 - beta1) for n in weights})
+        starts.append({name: state[f"master/{name}"] for name in weights})
+        before = moments
     return clipped, starts

@@ -206,7 +206,7 @@ class _Micro:
         self.batch, self.mask, self.position = batch, mask, position
 
 
-def _sum_over_ranks(group: Any, bucket) -> Any:  # the bucket has no annotation: DDP refuses one that is a string
+def _sum_over_ranks(group: Any, bucket):  # DDP refuses annotations that are strings, as all are in this module
     """DDP's averaging replaced by a sum: the loss's denominator is global already."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[union-attr]

@@ -80,7 +80,7 @@ def train(
         chosen = world.first(lambda: choose_engine(target, run, engine, unverified=unverified))
         world.first(lambda: _check_data(target, run))
         data = open_data(run / "data", target, verify=False)
-        found = world.first(lambda: _find_start(target, run, data, console, resume=resume))
+        found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
         loader = Loader(data, target, rank=world.rank, world=world.size, device=world.device)
         job = Job(target, run, world, console, chosen, data, loader)
         job.start(found)
@@ -98,7 +98,7 @@ def _check_data(target: Target, run: Path) -> None:
 
 
 def _find_start(
-    target: Target, run: Path, data: DataFolder, console: Console, *, resume: bool
+    target: Target, run: Path, data: DataFolder, chosen: ChosenEngine, console: Console, *, resume: bool
 ) -> checkpoint.Checkpoint | None:
     root = run / "checkpoints"
     if checkpoint.steps_in(root) and not resume:
@@ -110,6 +110,8 @@ def _find_start(
     found = checkpoint.newest(root, lambda line: say(console, line, "yellow")) if resume else None
     if found is not None:
         _require_same(target, data, found, console)
+        if (before := found.manifest["engine"])["sha256"] != chosen.sha256:
+            say(console, f"resuming with the engine {chosen.name}, before it was {before['name']}")
         checkpoint.put_aside_after(root, found.step)
     return found
 

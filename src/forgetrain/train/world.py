@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ class Stop:
         self._pending: tuple[torch.Tensor, Any] | None = None
 
     def __enter__(self) -> Stop:
-        self._before = {number: signal.signal(number, self._asked) for number in self.SIGNALS}
+        main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
+        self._before = {number: signal.signal(number, self._asked) for number in self.SIGNALS if main}
         return self
 
     def __exit__(self, *_: object) -> None:
