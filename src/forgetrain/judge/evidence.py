@@ -1,0 +1,70 @@
+"""Driving an engine through the contract and keeping what gates compare. The same functions drive the candidate, the
+reference and known-good engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from forgetrain.engine.contract import Engine, Shard, weight_hash
+from forgetrain.gates.g2 import StepRecord
+from forgetrain.judge.hidden import Stream
+from forgetrain.spec.target import Recipe
+
+State = dict[str, Shard]
+
+
+def trajectory(engine: Engine, stream: Stream, first: int, last: int) -> Iterator[StepRecord]:
+    """Steps ``first`` to ``last`` - 1 of a stream, each batch sent only when the one before it has been answered."""
+    for step in range(first, last):
+        result = engine.step(stream.at(step), stream.rate(step))
+        yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), weight_hash(engine.state()))
+
+
+def losses(engine: Engine, stream: Stream, steps: int) -> list[float]:
+    return [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(steps)]
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """A step from zero moments: what was returned, and the whole state before and after."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    before: State
+    after: State
+
+    def clipped(self, recipe: Recipe) -> list[tuple[str, Tensor]]:
+        """The clipped gradients that the moments hold, fp32, named as taps: exp_avg / (1 - beta1)."""
+        prefix = "exp_avg/"
+        return [
+            (f"{key.removeprefix(prefix)}#clipped", shard.tensor / (1 - recipe.beta1))
+            for key, shard in self.after.items()
+            if key.startswith(prefix)
+        ]
+
+
+def one_step(engine: Engine, weights: Mapping[str, Tensor], batch: Any, lr: float) -> OneStep:
+    engine.load(weights)
+    before = engine.state()
+    result = engine.step(batch, lr)
+    return OneStep(float(result.loss), float(result.grad_norm), bool(result.applied), before, engine.state())
+
+
+def masters(state: State) -> dict[str, Tensor]:
+    prefix = "master/"
+    return {key.removeprefix(prefix): shard.tensor for key, shard in state.items() if key.startswith(prefix)}
+
+
+def expected_start(weights: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
+    """The state right after ``load``: rounded masters, zero moments, no step."""
+    state: dict[str, Tensor] = {"step": torch.tensor(0)}
+    for name, weight in weights.items():
+        state[f"master/{name}"] = (weight.bfloat16() if precision == "bf16" else weight).float()
+        state[f"exp_avg/{name}"] = state[f"exp_avg_sq/{name}"] = torch.zeros_like(weight)
+    return state

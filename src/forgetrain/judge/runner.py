@@ -1,0 +1,257 @@
+"""The judge: a frozen candidate goes through the gates, cheapest first, in the sandbox.
+
+    judge = Judge(target, data=Path("runs/nano-cpu/data"), roofline_seconds=0.3)
+    judgement = judge.judge(Path("candidate.py"), champion=Path("champion.py"))
+    judgement.passed, judgement.verdicts, judgement.speed
+
+The candidate's file is copied first, and every seed is drawn after that. Its process gets batches one at a time and
+emits tensors; references, the oracle, clocks and verdicts stay here. It is always compared with the original
+reference, and with the champion only for speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.process import EngineFailure, EngineProcess
+from forgetrain.engine.write import write_engine
+from forgetrain.errors import UserError
+from forgetrain.gates.verdict import Verdict
+from forgetrain.judge import trials
+from forgetrain.judge.clock import Race
+from forgetrain.judge.hidden import draw_seed
+from forgetrain.judge.sandbox import Sandbox, sandbox
+from forgetrain.spec.target import Target
+
+#: Numeric gates in the order of their cost, and the gates of an engine that claims the reference's very bits.
+NUMERIC = ("contract", "G4.update", "G4", "G7", "G8", "G5", "G6")
+BITWISE = ("contract", "G1", "G2", "G3", "G7", "G8")
+
+#: A plan that is right and rounds differently from the textbook one: what honest code may differ by.
+KNOWN_GOOD = {"token_order": "sequence", "qkv": "fused", "gate_up": "fused", "adamw": "torch", "clip": "torch"}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is run. pairs, steps: blocks of the race and steps of each; timeout: seconds for any answer."""
+
+    g4_batches: int = 4
+    g3_steps: int = 4
+    pairs: int = 10
+    steps: int = 4
+    warm_up: int = 2
+    timeout: float = 300.0
+
+
+@dataclass
+class Judgement:
+    """What came out. ``speed``: of the race, when there was one (docs/judge.md); ``samples``: its rows for a ledger."""
+
+    candidate: str
+    verdicts: list[Verdict] = field(default_factory=list)
+    speed: dict[str, Any] = field(default_factory=dict)
+    samples: list[tuple[str, str, int, int, float]] = field(default_factory=list)
+    sandbox: str = ""
+    sandboxed: bool = False
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+    def first_failure(self) -> Verdict | None:
+        return next((verdict for verdict in self.verdicts if not verdict.passed), None)
+
+
+class Judge:
+    """Judges candidates of one target. What the reference gives for the seeds of G5 is kept between candidates, who
+    never see those seeds.
+
+    Args:
+        reference: a module name or an engine file; the target's reference unless given.
+        data: a built data folder, for real text.
+        roofline_seconds: the least time of one step at the recipe's shape on this hardware.
+        device: the target's unless given.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        reference: str | Path | None = None,
+        data: Path | None = None,
+        roofline_seconds: float = 0.0,
+        device: str | None = None,
+        effort: Effort | None = None,
+    ):
+        self.target, self.data, self.effort = target, data, effort or Effort()
+        self.gates_target = target.at_gates_shape()
+        self.reference = reference or f"forgetrain.reference.{target.reference.name}"
+        self.roofline_seconds, self.device = roofline_seconds, device or target.hardware.device
+        self.pool = [draw_seed() for _ in range(target.gates.g5_seeds)]
+        self.kept: dict[str, Any] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="forgetrain-judge-")
+        self.known_good = Path(self._folder.name) / "known_good.py"
+        self.known_good.write_text(write_engine(target, Plan(KNOWN_GOOD)), encoding="utf-8")
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+    def judge(
+        self,
+        file: Path,
+        *,
+        champion: Path | None = None,
+        gates: Sequence[str] | None = None,
+        bitwise: bool = False,
+        all_gates: bool = False,
+        on_verdict: Callable[[Verdict], None] = lambda verdict: None,
+    ) -> Judgement:
+        """Runs the gates in order and stops at the first that fails, unless ``all_gates``.
+
+        Args:
+            champion: whom G7 races against; without one the known-good engine of the textbook's kind.
+            gates: names of BITWISE or NUMERIC to run instead of all of them.
+            bitwise: whether the candidate must equal the reference bit for bit.
+
+        Raises:
+            UserError: no such file or gate, or the reference itself failed.
+        """
+        began = time.monotonic()
+        known = BITWISE if bitwise else NUMERIC
+        for name in gates or ():
+            if name not in known:
+                raise UserError("no such gate", key="gates", value=name, remedy=f"choose from {', '.join(known)}")
+        with self._freeze(file) as (frozen, digest):
+            box = sandbox(frozen, self.target, device=self.device)
+            trial = Trial(self, frozen, box, draw_seed(), champion or self.known_good)
+            judgement = Judgement(digest, sandbox=box.description, sandboxed=box.sandboxed)
+            for name in known:
+                if gates is not None and name not in gates:
+                    continue
+                for verdict in trial.run(name):
+                    judgement.verdicts.append(verdict)
+                    on_verdict(verdict)
+                if not judgement.passed and not all_gates:
+                    break
+            judgement.speed, judgement.samples = trial.speed, trial.samples
+        judgement.seconds = time.monotonic() - began
+        return judgement
+
+    @contextlib.contextmanager
+    def _freeze(self, file: Path) -> Iterator[tuple[Path, str]]:
+        """A private copy of the file's content now, and its hash: nothing that happens to the file later matters."""
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", file=file, remedy="name an engine file") from None
+        if not content.strip():
+            raise UserError("is empty", file=file, remedy="name an engine file")
+        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+            frozen = Path(folder) / "engine.py"
+            frozen.write_bytes(content)
+            frozen.chmod(0o444)
+            yield frozen, hashlib.sha256(content).hexdigest()
+
+    def trusted(self, module: str | Path, target: Target, *, precision: str | None = None, ranks: int = 1) -> Trusted:
+        """A process of the reference or of a known-good engine; its failure is not the candidate's."""
+        return Trusted(
+            module, target, precision=precision, ranks=ranks, device=self.device, timeout=self.effort.timeout
+        )
+
+
+class Trusted:
+    """An EngineProcess whose failures are the user's business: wrong installation, too little memory."""
+
+    def __init__(self, module: str | Path, target: Target, **options: Any):
+        self._module, self._target, self._options = module, target, options
+
+    def __enter__(self) -> EngineProcess:
+        with self._told():
+            self._process = EngineProcess(self._module, self._target, **self._options)
+        return self._process
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        self._process.close()
+        if isinstance(error, EngineFailure):
+            with self._told():
+                raise error
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineFailure as failure:
+            name = str(self._module)
+            raise UserError(f"{name} failed: {failure}", remedy="forgetrain collect checks the reference") from failure
+
+
+class Trial:
+    """One candidate's way through the gates."""
+
+    def __init__(self, judge: Judge, file: Path, box: Sandbox, seed: int, champion: Path):
+        self.judge, self.file, self.box, self.seed, self.champion = judge, file, box, seed, champion
+        self.speed: dict[str, Any] = {}
+        self.samples: list[tuple[str, str, int, int, float]] = []
+        self.peak_bytes = 0
+
+    @property
+    def sandboxed(self) -> bool:
+        return self.box.sandboxed
+
+    def process(self, target: Target, *, precision: str | None = None, ranks: int = 1) -> EngineProcess:
+        """The candidate at a shape, in its sandbox."""
+        return EngineProcess(
+            self.file,
+            target,
+            precision=precision,
+            ranks=ranks,
+            device=self.judge.device,
+            wrap=self.box.wrap,
+            limits=self.box.limits,
+            timeout=self.judge.effort.timeout,
+        )
+
+    def run(self, gate: str) -> Iterator[Verdict]:
+        """The verdicts of a gate; a candidate whose process fails has failed the gate."""
+        try:
+            yield from trials.GATES[gate](self)
+        except EngineFailure as failure:
+            yield Verdict(
+                gate,
+                False,
+                detail={"failure": failure.kind, "traceback": failure.detail[-2000:]},
+                explanation=f"{failure.kind}: {failure}",
+                sandboxed=self.sandboxed,
+            )
+
+    def keep_speed(self, run: Race, first_answers: Mapping[str, float]) -> None:
+        champion, candidate = run.times()
+        tokens = self.judge.target.recipe.batch_size * self.judge.target.recipe.sequence_length * run.steps_per_block
+        self.samples = run.samples("main")
+        self.speed = {
+            "tokens_per_second": tokens / statistics.median(candidate),
+            "champion_tokens_per_second": tokens / statistics.median(champion),
+            "step_seconds": statistics.median(candidate) / run.steps_per_block,
+            "warm_up_seconds": sum(run.candidate.warm_up),
+            "build_seconds": first_answers["candidate"],
+            "pairs": len(candidate),
+            "threads": torch.get_num_threads(),
+        }

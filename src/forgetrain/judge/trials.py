@@ -1,0 +1,355 @@
+"""How the judge makes the evidence of each gate: what is run, on what, and against what. The gates themselves are pure
+functions in ``forgetrain.gates``."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from forgetrain.engine.contract import weight_hash
+from forgetrain.engine.process import EngineProcess
+from forgetrain.gates.g1 import g1
+from forgetrain.gates.g2 import StepRecord, g2
+from forgetrain.gates.g3 import g3
+from forgetrain.gates.g4 import ErrorPool, g4
+from forgetrain.gates.g5 import g5
+from forgetrain.gates.g6 import Repeat, g6, weight_distance
+from forgetrain.gates.g7 import g7
+from forgetrain.gates.g8 import g8
+from forgetrain.gates.replay import replay, replay_distance
+from forgetrain.gates.update import update
+from forgetrain.gates.verdict import Verdict
+from forgetrain.judge.clock import Replay, race
+from forgetrain.judge.evidence import expected_start, masters, one_step, trajectory
+from forgetrain.judge.hidden import Stream, derive, hidden_weights
+from forgetrain.numerics.compare import difference
+from forgetrain.numerics.init import initial_weights
+from forgetrain.numerics.oracle import oracle_step
+from forgetrain.spec.target import Target
+
+if TYPE_CHECKING:
+    from forgetrain.judge.runner import Trial
+
+_HELD_OUT = 4  # batches
+#: A distance of weights that rounding alone explains after training, by dtype: the root of its eps.
+_FLOOR = {"fp32": 3.5e-4, "bf16": 0.09}
+_DISTANCE_FACTOR = 3.0
+
+
+def contract(trial: Trial) -> Iterator[Verdict]:
+    """Load, a step on weights that give no finite norm, evaluation, and restore do what the contract says."""
+    target = trial.judge.gates_target
+    stream, weights = _stream(trial, target, "contract"), hidden_weights(target.model, trial.seed)
+    batch, lr = stream.at(0), stream.rate(0)
+    with trial.process(target) as engine:
+        engine.load(weights)
+        start = engine.state()
+        problem = _unequal(expected_start(weights, engine.precision), start, "after load")
+        if problem is None:
+            exact = oracle_step(target, weights, batch, lr, precision=engine.precision)
+            loss, allowed = float(engine.loss(batch)), 1e-4 if engine.precision == "fp32" else 2e-2
+            if not abs(loss - float(exact.loss)) <= allowed * abs(float(exact.loss)):
+                problem = f"loss(batch) is {loss:.6g}, the oracle's is {float(exact.loss):.6g}"
+        if problem is None:
+            result = engine.step(batch, lr)
+            after = engine.state()
+            if not bool(result.applied) or torch.equal(after["step"].tensor, start["step"].tensor):
+                problem = "a step with a finite norm was not applied"
+            else:
+                engine.restore(start)
+                problem = _unequal({k: v.tensor for k, v in start.items()}, engine.state(), "after restore")
+        if problem is None:
+            broken = dict(weights)
+            broken["model.norm.weight"] = (
+                weights["model.norm.weight"].clone().index_fill_(0, torch.tensor([0]), torch.inf)
+            )
+            engine.load(broken)
+            before = {k: v.tensor for k, v in engine.state().items()}
+            result = engine.step(batch, lr)
+            if bool(result.applied) or torch.isfinite(result.grad_norm):
+                problem = "an infinite weight gave a step that says it was applied, or a finite norm"
+            else:
+                problem = _unequal(before, engine.state(), "after a step without a finite norm")
+    text = problem or "load, step, loss, state and restore do what the contract says"
+    yield Verdict("contract", problem is None, explanation=text, sandboxed=trial.sandboxed)
+
+
+def bits_of_one_step(trial: Trial) -> Iterator[Verdict]:
+    target = trial.judge.gates_target
+    stream, weights = _stream(trial, target, "G1"), hidden_weights(target.model, trial.seed)
+
+    def evidence(engine: EngineProcess) -> Iterator[tuple[str, Tensor]]:
+        engine.load(weights)
+        yield from engine.probe(stream.at(0))
+        result = engine.step(stream.at(0), stream.rate(0))
+        yield from (("step.loss", result.loss), ("step.grad_norm", result.grad_norm))
+        state = engine.state()
+        for kind in ("exp_avg", "exp_avg_sq", "master"):
+            for name in target.model.parameter_shapes():
+                yield f"{kind}/{name}", state[f"{kind}/{name}"].tensor
+        yield "step", state["step"].tensor
+
+    with trial.judge.trusted(trial.judge.reference, target) as reference:
+        due = list(evidence(reference))
+    with trial.process(target) as engine:
+        yield g1(due, evidence(engine), target.model, sandboxed=trial.sandboxed)
+
+
+def bits_of_a_trajectory(trial: Trial) -> Iterator[Verdict]:
+    target = trial.judge.gates_target
+    steps, stream = target.gates.steps, _stream(trial, target, "G2")
+    weights = initial_weights(target.model, derive(trial.seed, "G2"))
+    with trial.judge.trusted(trial.judge.reference, target) as reference:
+        due = _trajectory(reference, weights, stream, steps)
+    with trial.process(target) as engine:
+        found = _trajectory(engine, weights, stream, steps)
+    yield g2(due, found, steps=steps, seed=trial.seed, sandboxed=trial.sandboxed)
+
+
+def bits_across_ranks(trial: Trial) -> Iterator[Verdict]:
+    target, steps = trial.judge.gates_target, trial.judge.effort.g3_steps
+    stream = _stream(trial, target, "G3")
+    weights = initial_weights(target.model, derive(trial.seed, "G3"))
+    with trial.judge.trusted(trial.judge.reference, target, ranks=2) as reference:
+        due = _trajectory(reference, weights, stream, steps)
+    with trial.process(target, ranks=2) as engine:
+        found = _trajectory(engine, weights, stream, steps)
+    with trial.process(target) as engine:
+        engine.load(weights)
+        engine.step(stream.at(0), stream.rate(0))
+        state = engine.state()
+        whole = list(trajectory(engine, stream, 1, steps))
+    with trial.process(target) as engine:
+        engine.restore(state)
+        resumed = list(trajectory(engine, stream, 1, steps))
+    yield g3(due, found, whole, resumed, sandboxed=trial.sandboxed)
+
+
+def updates(trial: Trial) -> Iterator[Verdict]:
+    """G4.update at the first step and at later ones, whose number the seed decides; the worst of them."""
+    target = trial.judge.gates_target
+    stream, recipe = _stream(trial, target, "G4.update"), target.recipe
+    verdicts = []
+    with trial.process(target) as engine:
+        engine.load(hidden_weights(target.model, trial.seed))
+        before, norm = engine.state(), None
+        for step in range(3 + trial.seed % 3):
+            result = engine.step(stream.at(step), stream.rate(step))
+            after = engine.state()
+            norm = float(result.grad_norm) if step == 0 else None
+            verdicts.append(update(before, after, stream.rate(step), recipe, grad_norm=norm, sandboxed=trial.sandboxed))
+            before = after
+    yield max(verdicts, key=lambda verdict: verdict.statistic or 0.0)
+
+
+def errors(trial: Trial) -> Iterator[Verdict]:
+    """G4 in fp32, and in bf16 when that is the target's dtype."""
+    target = trial.judge.gates_target
+    thresholds = {"fp32": target.gates.g4_fp32_ratio, "bf16": target.gates.g4_bf16_ratio}
+    for precision in dict.fromkeys(("fp32", target.precision.dtype)):
+        stream = _stream(trial, target, f"G4.{precision}")
+        weights = hidden_weights(target.model, derive(trial.seed, "G4", precision))
+        batches = [(stream.at(i), stream.rate(i)) for i in range(trial.judge.effort.g4_batches)]
+        with trial.process(target, precision=precision) as engine:
+            mine = [one_step(engine, weights, *batch).clipped(target.recipe) for batch in batches]
+        with trial.judge.trusted(trial.judge.reference, target, precision=precision) as reference:
+            theirs = [one_step(reference, weights, *batch).clipped(target.recipe) for batch in batches]
+        pools = ErrorPool(), ErrorPool()
+        for batch, *found in zip(batches, mine, theirs, strict=True):
+            exact = oracle_step(target, weights, *batch, precision=precision)
+            due = [(f"{name}#clipped", tensor) for name, tensor in exact.clipped.items()]
+            for pool, values in zip(pools, found, strict=True):
+                pool.add_batch(due, values)
+        verdict = g4(*pools, ratio=thresholds[precision], sandboxed=trial.sandboxed)
+        yield _renamed(verdict, f"G4.{precision}")
+        if not verdict.passed:
+            return
+
+
+@dataclass(frozen=True)
+class Training:
+    """A short training run: the loss of each step, the mean held-out loss at its end, and the final masters."""
+
+    losses: list[float]
+    held_out: float
+    weights: dict[str, Tensor]
+    digest: str
+
+
+def paired_training(trial: Trial) -> Iterator[Verdict]:
+    gates = trial.judge.gates_target.gates
+    references, known = _pool(trial, "reference"), _pool(trial, "known good")
+    with trial.process(trial.judge.gates_target) as engine:
+        mine = [_train(trial, engine, seed) for seed in trial.judge.pool]
+    yield g5(
+        [run.losses for run in mine],
+        [run.losses for run in references],
+        [[run.losses for run in known]],
+        relative=gates.g5_relative,
+        band_factor=gates.g5_band,
+        seeds=gates.g5_seeds,
+        sandboxed=trial.sandboxed,
+    )
+
+
+def hidden_training(trial: Trial) -> Iterator[Verdict]:
+    """A seed of the candidate's own, twice in different processes; known-good engines say how far rounding leads."""
+    references, known = _pool(trial, "reference"), _pool(trial, "known good")
+    target, seed = trial.judge.gates_target, derive(trial.seed, "G6")
+    budgets = [
+        weight_distance(good.weights, due.weights, _start(target, pooled))
+        for good, due, pooled in zip(known, references, trial.judge.pool, strict=True)
+    ]
+    runs = []
+    for _ in range(2):
+        with trial.process(target) as engine:
+            runs.append(_train(trial, engine, seed))
+    with trial.judge.trusted(trial.judge.reference, target) as reference:
+        due = _train(trial, reference, seed)
+    start = _start(target, seed)
+    first, second = runs
+    apart = 0.0 if first.digest == second.digest else weight_distance(first.weights, second.weights, start)
+    yield g6(
+        first.held_out,
+        [due.held_out, *(run.held_out for run in references)],
+        weight_distance(first.weights, due.weights, start),
+        Repeat(first.digest, second.digest, apart),
+        distance_budget=_DISTANCE_FACTOR * max(*budgets, _FLOOR[target.precision.dtype]),
+        sandboxed=trial.sandboxed,
+    )
+
+
+def speed(trial: Trial) -> Iterator[Verdict]:
+    """The race at the recipe's shape, and then the replay of one of its blocks: what was timed is what is checked."""
+    judge, target = trial.judge, trial.judge.target
+    stream = _stream(trial, target, "G7")
+    weights = initial_weights(target.model, derive(trial.seed, "G7"))
+    effort = judge.effort
+    with judge.trusted(trial.champion, target) as champion:
+        began = time.monotonic()
+        with trial.process(target) as engine:
+            build = time.monotonic() - began
+            run = race(
+                champion, engine, weights, stream, blocks=effort.pairs, steps=effort.steps, warm_up=effort.warm_up
+            )
+            trial.peak_bytes = engine.peak_memory()
+    trial.keep_speed(run, {"candidate": build})
+    yield _check_replay(trial, run.replay, stream)
+    times = run.times()
+    yield g7(
+        *times,
+        roofline_seconds=judge.roofline_seconds,
+        steps_per_block=run.steps_per_block,
+        minimum=target.gates.g7_minimum,
+        sandboxed=trial.sandboxed,
+    )
+
+
+def memory(trial: Trial) -> Iterator[Verdict]:
+    """The peak during the race; against the target's budget, else all that this machine has."""
+    if not trial.peak_bytes:
+        with trial.process(trial.judge.target) as engine:
+            stream = _stream(trial, trial.judge.target, "G8")
+            engine.load(initial_weights(trial.judge.target.model, trial.seed))
+            for step in range(2):
+                engine.step(stream.at(step), stream.rate(step))
+            trial.peak_bytes = engine.peak_memory()
+    budget = trial.judge.target.hardware.memory_gib or _machine_gib(trial.judge.device)
+    yield g8(trial.peak_bytes, budget, sandboxed=trial.sandboxed)
+
+
+#: What runs for each gate's name.
+GATES: dict[str, Callable[[Trial], Iterator[Verdict]]] = {
+    "contract": contract,
+    "G1": bits_of_one_step,
+    "G2": bits_of_a_trajectory,
+    "G3": bits_across_ranks,
+    "G4.update": updates,
+    "G4": errors,
+    "G5": paired_training,
+    "G6": hidden_training,
+    "G7": speed,
+    "G8": memory,
+}
+
+
+def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
+    """The chosen block again on the reference and on a known-good engine, from the candidate's own state."""
+
+    def again(engine: EngineProcess) -> tuple[list[float], dict[str, Any]]:
+        engine.restore(block.before)
+        found = [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(block.first, block.last)]
+        return found, engine.state()
+
+    judge = trial.judge
+    with judge.trusted(judge.reference, judge.target) as reference:
+        due = again(reference)
+    with judge.trusted(judge.known_good, judge.target) as known_good:
+        good = again(known_good)
+    recipe, steps = judge.target.recipe, block.last - block.first
+    return replay(
+        replay_distance(block.before, (block.losses, block.after), due, recipe, steps),
+        replay_distance(block.before, good, due, recipe, steps),
+        precision=judge.target.precision.dtype,
+        steps=(block.first, block.last),
+        sandboxed=trial.sandboxed,
+    )
+
+
+def _pool(trial: Trial, kind: str) -> list[Training]:
+    """Training runs with the judge's own seeds, made once for all candidates."""
+    judge = trial.judge
+    if kind not in judge.kept:
+        module = judge.reference if kind == "reference" else judge.known_good
+        with judge.trusted(module, judge.gates_target) as engine:
+            judge.kept[kind] = [_train(trial, engine, seed) for seed in judge.pool]
+    return judge.kept[kind]
+
+
+def _train(trial: Trial, engine: EngineProcess, seed: int) -> Training:
+    target, data = trial.judge.gates_target, trial.judge.data
+    stream, held_out = Stream(target, seed, data), Stream(target, derive(trial.judge.pool[0], "held-out"), data)
+    engine.load(_start(target, seed))
+    steps = target.gates.g5_steps
+    losses = [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(steps)]
+    unseen = [float(engine.loss(held_out.at(number))) for number in range(_HELD_OUT)]
+    state = engine.state()
+    return Training(losses, sum(unseen) / len(unseen), masters(state), weight_hash(state))
+
+
+def _start(target: Target, seed: int) -> dict[str, Tensor]:
+    return initial_weights(target.model, derive(seed, "start"))
+
+
+def _stream(trial: Trial, target: Target, purpose: str) -> Stream:
+    return Stream(target, derive(trial.seed, purpose), trial.judge.data)
+
+
+def _trajectory(engine: EngineProcess, weights: dict[str, Tensor], stream: Stream, steps: int) -> list[StepRecord]:
+    engine.load(weights)
+    return list(itertools.islice(trajectory(engine, stream, 0, steps), steps))
+
+
+def _unequal(expected: dict[str, Tensor], state: dict[str, Any], when: str) -> str | None:
+    for name, tensor in expected.items():
+        found = difference(tensor, state[name].tensor)
+        if found is not None:
+            return f"{when} {name} is not what it must be: {found}"
+    return None
+
+
+def _renamed(verdict: Verdict, gate: str) -> Verdict:
+    return Verdict(**{**vars(verdict), "gate": gate})
+
+
+def _machine_gib(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory / 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
