@@ -1,6 +1,6 @@
 """The golden record: what the reference did, on disk, with a hash of every file and of what its bits depend on.
 
-    record = GoldenRecord.open("runs/nano-cpu/golden", target)
+    record = GoldenRecord.open("runs/nano-cpu/golden")
     record.evidence["model.layers.0.input_layernorm#fwd@0"]       # read from disk when asked for
     record.trajectory(ranks=2)[0].loss
 
@@ -17,12 +17,14 @@ A record is written into a folder beside its own and renamed, so it is whole or 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -143,10 +145,10 @@ def write_record(
     """Writes a record whole, in place of an older one. ``manifest`` is what it says besides format and files."""
     folder = Path(folder)
     with new_folder(folder) as partial:
-        save_file(_plain(weights), partial / WEIGHTS)
+        _save(weights, partial / WEIGHTS)
         fields = {f"{step}/{name}": getattr(b, name) for step, b in enumerate(batches) for name in Batch._fields}
-        save_file(_plain(fields), partial / BATCHES)
-        save_file(_plain(evidence), partial / EVIDENCE)
+        _save(fields, partial / BATCHES)
+        _save(evidence, partial / EVIDENCE)
         with (partial / TRAJECTORY).open("w", encoding="utf-8") as file:
             for ranks, points in trajectories.items():
                 file.writelines(json.dumps({"ranks": ranks, **point}) + "\n" for point in points)
@@ -156,8 +158,16 @@ def write_record(
     return GoldenRecord.open(folder)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors wants them."""
-    return {
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes contiguous copies that share no memory, as safetensors wants them."""
+    plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:
+        # safetensors keeps the system's error number in its text alone; a full disk must be known as one
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number.group(1)), os.strerror(int(number.group(1))), str(path)) from None
