@@ -41,8 +41,9 @@ STRUCTURE: dict[str, tuple[tuple[str, ...], str]] = {
 #: What the optimiser decides: the step's schedule, and the sizes of the production schedule's blocks.
 SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "schedule": (
-        ("explicit", "production"),
-        "every op forward and backward by itself, for aligning; or fused regions, blocks and flat buffers, for speed",
+        ("explicit", "production", "hopper"),
+        "every op forward and backward by itself, for aligning; or fused regions, blocks and flat buffers, for speed; "
+        "or Triton kernels, cuBLAS, cuDNN and CUDA graphs, for speed on a Hopper GPU",
     ),
     "attention_block": (("128", "64", "256"), "query positions whose scores exist at a time"),
     "head_rows": (("512", "256", "1024"), "tokens whose logits exist at a time"),

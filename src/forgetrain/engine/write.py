@@ -8,7 +8,9 @@ There is no other assembled form: what aligning probes, what the judge clocks an
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib.resources
 import importlib.util
 import inspect
 import subprocess
@@ -41,9 +43,14 @@ _NOT_COMPUTED = {"max_position_embeddings", "initializer_range", "bos_token_id",
 #: The ops of which the production schedule still takes a variant; the others are its regions and blocks.
 _PRODUCTION_OPS = ("rope_tables",)
 
+#: The modules of ops.cuda that the hopper schedule is made of.
+_HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swiglu", "cross_entropy", "adamw")
+
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     """The engine's source. ``facts`` are lines for its header: golden record, verdicts, measured speed."""
+    if plan["schedule"] == "hopper":
+        return write_hopper(target, plan, facts)
     model = target.model
     production = plan["schedule"] == "production"
     used = _PRODUCTION_OPS if production else tuple(OPS)
@@ -74,6 +81,39 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         **_layer_names(target, plan),
     )
     return format_source(text)
+
+
+def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
+    """The engine of the hopper schedule. Raises UserError for what its kernels do not have."""
+    model = target.model
+    for key, given, needed in (
+        ("data.documents", target.data.documents, "ignore"),
+        ("model.attention_bias", model.attention_bias, False),
+        ("model.qk_norm", model.qk_norm, False),
+    ):
+        if given != needed:
+            remedy = f"set it to {needed!r}, or choose another schedule in the plan"
+            raise UserError("the hopper schedule has no kernel for it", key=key, value=given, remedy=remedy)
+    header = [*facts, "", "Plan:", f"    schedule = {plan['schedule']}"]
+    text = _TEMPLATES.get_template("hopper.py.j2").render(
+        title=f"A pre-training engine for {target.name}, written by ForgeTrain: forward, loss, backward, update.",
+        header="\n".join(header).strip(),
+        m=model,
+        model=model.model_dump(mode="json", exclude=_NOT_COMPUTED),
+        documents=target.data.documents,
+        sources="\n\n".join(_module_source(name) for name in _HOPPER_MODULES),
+        head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
+    )
+    return format_source(text)
+
+
+def _module_source(name: str) -> str:
+    """A module's docstring as a comment, and all that follows its imports. Read, not imported: Triton may be absent."""
+    text = importlib.resources.files("forgetrain.ops.cuda").joinpath(f"{name}.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    last = max(node.end_lineno or 0 for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    comment = "\n".join(f"# {line}".rstrip() for line in (ast.get_docstring(tree) or "").splitlines())
+    return comment + "\n\n" + "\n".join(text.splitlines()[last:]).strip() + "\n"
 
 
 def _needs_region(name: str, target: Target) -> bool:

@@ -1,7 +1,7 @@
 """Gradient norm, clipping and AdamW (arXiv 1711.05101) over flat buffers; nothing comes to the host.
 
-The norm is sqrt(sum of squares) over the whole flat gradient, by fixed partial sums. If it is not finite, ``applied``
-is false and no parameter, moment or counter moves. Else, as torch.optim.AdamW and clip_grad_norm_:
+The norm is sqrt(sum of squares) over the whole flat gradient, by fixed partial sums. If it is not finite,
+``applied`` is false and no parameter, moment or counter moves. Else, as torch.optim.AdamW and clip_grad_norm_:
 
     g = grad * min(1, clip / (norm + 1e-6))
     master *= 1 - lr * decay (matrices only)       m += (g - m) * (1 - beta1)       v = beta2 * v + (1 - beta2) * g²
@@ -62,7 +62,7 @@ def adamw_kernel(
 
 def grad_norm(grad: Tensor) -> Tensor:
     """sqrt of the sum of squares of a flat fp32 buffer, fp32 []."""
-    programs = min(NORM_PARTS, triton.cdiv(grad.numel(), 2048))
+    programs = min(NORM_PARTS, -(-grad.numel() // 2048))
     parts = torch.empty(programs, dtype=torch.float32, device=grad.device)
     square_sum_kernel[(programs,)](grad, parts, grad.numel(), BLOCK=2048, num_warps=8)
     return parts.double().sum().sqrt().float()

@@ -1,8 +1,8 @@
 """Causal attention through cuDNN, called by name: PyTorch's own choice on Hopper is FlashAttention-2, which is slower.
 
-qkv is [T, (H + 2G) * K] as RoPE leaves it; queries, keys and values are views of it, and no head is copied. The context
-is [T, H * K]. cuDNN takes bf16, accumulates in fp32 and keeps the rows' log-sum-exp for backward. In fp32, which cuDNN
-does not have, the formula softmax(q kᵀ / sqrt(K)) v is written out instead, in fp32.
+qkv is [T, (H + 2G) * K] as RoPE leaves it; queries, keys and values are views of it, and no head is copied. The
+context is [T, H * K]. cuDNN takes bf16, accumulates in fp32 and keeps the rows' log-sum-exp for backward. In fp32,
+which cuDNN does not have, the formula softmax(q kᵀ / sqrt(K)) v is written out instead, in fp32.
 """
 
 from __future__ import annotations

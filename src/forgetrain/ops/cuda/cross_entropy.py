@@ -3,8 +3,8 @@
     loss[t] = mask[t] / denominator * (logsumexp(logits[t]) - logits[t, label[t]])
     d_logits[t] = mask[t] / denominator * (softmax(logits[t]) - onehot(label[t]))
 
-logits [T, V] in the activations' dtype, labels int64 [T], mask fp32 [T], denominator fp32 [], loss fp32 [T]; arithmetic
-and sums are fp32, in base 2. The gradient overwrites the logits.
+logits [T, V] in the activations' dtype, labels int64 [T], mask fp32 [T], denominator fp32 [], loss fp32 [T];
+arithmetic and sums are fp32, in base 2. The gradient overwrites the logits.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false

@@ -3,8 +3,8 @@
     forward    y [T, O] = x [T, I] · weightᵀ
     backward   d_x = alpha * d_y · weight            grad [O, I] (fp32) += alpha * d_yᵀ · x
 
-The weight's gradient is accumulated inside the product, which reads and writes the fp32 buffer itself. alpha carries a
-constant that scales the branch (muP), which so costs nothing.
+The weight's gradient is accumulated inside the product, which reads and writes the fp32 buffer itself. alpha carries
+a constant that scales the branch (muP), which so costs nothing.
 """
 
 from __future__ import annotations

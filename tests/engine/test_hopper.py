@@ -1,0 +1,126 @@
+"""The hopper schedule against the float64 oracle: in fp32 under Triton's interpreter, on a GPU in both dtypes."""
+
+import pytest
+import torch
+
+from forgetrain.engine.contract import Batch
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import load_engine, write_engine
+from forgetrain.errors import UserError
+from forgetrain.numerics.init import initial_weights
+from forgetrain.numerics.oracle import oracle_step
+from tests.tiny import random_batch, tiny_target
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install forgetrain[gpu]")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAN = Plan({"schedule": "hopper"})
+ARCHITECTURES = ["minicpm5", "tied", "mha", "minicpm4"]
+SMALL = {"batch_size": 2, "micro_batch_size": 1, "sequence_length": 8}  # the interpreter is slow
+
+
+def engine_of(target, folder, precision="fp32"):
+    path = folder / "hopper.py"
+    path.write_text(write_engine(target, PLAN))
+    engine = load_engine(path).build(target.plain(), device=DEVICE, precision=precision, mesh=None)
+    engine.load(initial_weights(target.model, seed=1))
+    return engine
+
+
+def batch_of(target, seed):
+    return Batch(*(field.to(DEVICE) for field in random_batch(target, seed)))
+
+
+def errors(target, folder, precision):
+    """Relative error of the loss, and the worst of any gradient and any weight, after one step from zero moments."""
+    weights, batch = initial_weights(target.model, seed=1), random_batch(target, 3)
+    truth = oracle_step(target, weights, batch, 1e-2, precision=precision)
+    engine = engine_of(target, folder, precision)
+    evaluated = float(engine.loss(batch_of(target, 3)))
+    result, state = engine.step(batch_of(target, 3), 1e-2), engine.state()
+    assert bool(result.applied)
+    assert int(state["step"].tensor) == 1
+    assert evaluated == pytest.approx(float(result.loss), rel=1e-5)
+    norm = float((result.grad_norm.double().cpu() - truth.grad_norm).abs() / truth.grad_norm)
+
+    def worst(kind, wanted, factor):
+        found = {name: state[f"{kind}/{name}"].tensor.cpu().double() * factor for name in wanted}
+        return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
+
+    gradient = worst("exp_avg", truth.clipped, 1 / (1 - target.recipe.beta1))
+    return abs(float(result.loss) - float(truth.loss)), norm, gradient, worst("master", truth.master, 1.0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_step_is_the_oracles_in_fp32(architecture, tmp_path):
+    target = tiny_target(architecture, recipe=SMALL)
+    loss, norm, gradient, weight = errors(target, tmp_path, "fp32")
+    assert loss < 1e-5
+    assert norm < 1e-5
+    assert gradient < 1e-5
+    assert weight < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_step_is_near_the_oracles_in_bf16(architecture, tmp_path):
+    target = tiny_target(architecture)
+    loss, norm, gradient, _ = errors(target, tmp_path, "bf16")
+    assert loss < 2e-2
+    assert norm < 2e-2
+    assert gradient < 5e-2
+
+
+def test_restoring_a_state_goes_on_bit_for_bit(tmp_path):
+    target = tiny_target(recipe=SMALL, model={"num_hidden_layers": 1})
+    whole, first = (engine_of(target, tmp_path) for _ in range(2))
+    whole.step(batch_of(target, 1), 1e-2)
+    first.step(batch_of(target, 1), 1e-2)
+    second = engine_of(target, tmp_path)
+    second.restore({name: shard._replace(tensor=shard.tensor.clone()) for name, shard in first.state().items()})
+    for engine in (whole, second):
+        engine.step(batch_of(target, 2), 1e-2)
+    for name, shard in whole.state().items():
+        assert torch.equal(second.state()[name].tensor, shard.tensor), name
+
+
+def test_a_norm_that_is_not_finite_moves_nothing(tmp_path):
+    target = tiny_target(recipe=SMALL)
+    engine, batch = engine_of(target, tmp_path), batch_of(target, 3)
+    before = engine.master.flat.clone()
+    result = engine.step(batch._replace(mask=batch.mask * float("inf")), 1e-2)
+    assert not bool(result.applied)
+    assert torch.equal(engine.master.flat, before)
+    assert bool(engine.step(batch, 1e-2).applied)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "key"),
+    [
+        ("data", {"documents": "mask"}, "data.documents"),
+        ("model", {"qk_norm": True}, "model.qk_norm"),
+        ("model", {"attention_bias": True}, "model.attention_bias"),
+    ],
+)
+def test_what_has_no_kernel_is_refused_before_anything_is_written(section, values, key):
+    with pytest.raises(UserError, match="hopper schedule") as refused:
+        write_engine(tiny_target(**{section: values}), PLAN)
+    assert refused.value.key == key
+
+
+def test_the_file_imports_torch_and_triton_alone():
+    source = write_engine(tiny_target(), PLAN)
+    roots = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
+    assert roots == {"__future__", "collections", "typing", "torch", "triton"}
+    assert max(map(len, source.splitlines())) <= 120
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_a_cpu_without_the_interpreter_is_told_so(tmp_path, monkeypatch):
+    target, path = tiny_target(), tmp_path / "hopper.py"
+    path.write_text(write_engine(target, PLAN))
+    module = load_engine(path)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    for device, reason in (("cpu", "TRITON_INTERPRET"), ("cuda", "CUDA build")):
+        with pytest.raises(ValueError, match=reason):
+            module.build(target.plain(), device=device, precision="fp32", mesh=None)
