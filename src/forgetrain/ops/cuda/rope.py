@@ -1,8 +1,8 @@
 """RoPE (arXiv 2104.09864, halves rotated as in Llama) on the packed product of the attention's input.
 
 qkv is [T, (H + 2G) * K]: all query heads, then key heads, then value heads. Forward turns queries and keys where
-they lie; backward turns the gradients that attention left back and packs them, dv included, in the same pass. Tables are
-cos and sin [S, K / 2] in fp32, arithmetic is fp32 and rounds once. A token's position is its index modulo S.
+they lie; backward turns the gradients that attention left back and packs them, dv included, in the same pass. Tables
+are cos and sin [S, K / 2] in fp32, arithmetic is fp32 and rounds once. A token's position is its index modulo S.
 
     first' = first * cos - second * sin        second' = second * cos + first * sin
 """
