@@ -4,8 +4,8 @@
 
 (RMSNorm: arXiv 1910.07467.) x, branch, sum, y are [T, D] in the activations' dtype, weight [D] in the weights'
 dtype, rstd [T] fp32. Arithmetic and sums are fp32; the norm is taken of the rounded sum, which is what backward reads
-again. Backward leaves each program's share of the weight's gradient in fp32 partials, which ``norm_weight_grad_`` adds
-in a fixed order: no atomics, so the same bits every time.
+again. Backward leaves each program's share of the weight's gradient in fp32 partials, which ``norm_weight_grad_``
+adds in a fixed order: no atomics, so the same bits every time.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
