@@ -12,9 +12,10 @@ def command(
     target_file: TargetFile, overrides: Overrides = None, runs: RunsFolder = DEFAULT_RUNS, as_json: Json = False
 ) -> None:
     """Run the reference twice, check it against the float64 oracle, and write the golden record."""
-    from forgetrain.forge.collect import ReferenceRejected, collect
+    from forgetrain.forge.collect import ReferenceRejected, check_reference, collect
 
     target = read_target(target_file, overrides)
+    check_reference(target)  # before the progress bar, so that a refusal is one line
     folder = runs / target.name / "golden"
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     try:

@@ -66,7 +66,7 @@ def environment(target: Target) -> dict[str, Any]:
             f"{_PACKAGES[name]} is not installed",
             key="reference.name",
             value=name,
-            remedy=f"pip install 'forgetrain[{name}]'",
+            remedy=f"run pip install 'forgetrain[{name}]'",
         ) from None
     print_of = fingerprint(device=target.hardware.device, threads=target.hardware.threads)
     return {**print_of, _PACKAGES[name]: version}

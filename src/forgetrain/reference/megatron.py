@@ -258,7 +258,9 @@ def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any =
             from megatron.core import parallel_state
     except ImportError as error:
         raise UserError(
-            f"megatron-core is not usable: {error}", key="reference.name", remedy="pip install 'forgetrain[megatron]'"
+            f"megatron-core is not usable: {error}",
+            key="reference.name",
+            remedy="run pip install 'forgetrain[megatron]'",
         ) from None
     warnings.filterwarnings("ignore", module="megatron")
     if device == "cpu":
