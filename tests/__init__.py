@@ -1,0 +1,3 @@
+from forgetrain.numerics.waiting import sleep_while_waiting
+
+sleep_while_waiting()  # here, since this is imported before any test imports torch

@@ -35,10 +35,14 @@ def read_json(path: Path, remedy: str) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON durably: a reader sees the old content or the new, never a part."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file (UTF-8) durably: a reader sees the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
     with no_space_named(path), partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

@@ -10,6 +10,7 @@ proved is in ``runs/<target>/run.json``.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -305,7 +306,5 @@ class _Silent:
 
 def _remove(folder: Path) -> None:
     """Removes a folder whose manifest goes first, so that a half-removed one is never taken for a whole one."""
-    import shutil
-
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from forgetrain.cli.common import Json, Overrides, TargetFile, console, emit, read_target
-from forgetrain.durable import no_space_named
+from forgetrain.durable import write_text
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import source_hash, write_engine
 from forgetrain.errors import UserError
@@ -41,10 +41,7 @@ def write(
         if out.suffix != ".py" or out.is_dir():
             raise UserError("is no name for an engine file", file=out, remedy="name a file that ends in .py")
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_name(out.name + ".partial")
-        with no_space_named(out):
-            partial.write_text(source, encoding="utf-8")
-        partial.replace(out)
+        write_text(out, source)
         console.print(f"{out}: {len(source.splitlines())} lines, sha256 {source_hash(source)}", highlight=False)
     result = {"engine": None if out is None else str(out), "sha256": source_hash(source)}
     emit(result | ({"source": source} if out is None else {}), as_json)

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from forgetrain.cli import align, collect, data, engine, estimate, export, generate, ledger, target, train
+from forgetrain.cli import align, collect, data, engine, estimate, export, generate, ledger, run, target, train
 from forgetrain.errors import UserError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("run")(run.command)
 app.add_typer(target.app, name="target")
 app.command("estimate")(estimate.command)
 app.command("collect")(collect.command)

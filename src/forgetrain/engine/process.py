@@ -34,6 +34,7 @@ from forgetrain.engine.protocol import Channel, Closed, Message, ProtocolError, 
 from forgetrain.errors import UserError
 from forgetrain.numerics.compare import bits
 from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
+from forgetrain.numerics.waiting import SLEEP_WHILE_WAITING
 from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
@@ -67,6 +68,7 @@ class EngineProcess:
         ranks: processes; collectives over gloo (cpu) or nccl (cuda).
         wrap: puts a sandbox's command around the child's command line.
         deterministic: whether torch is asked for deterministic algorithms only.
+        guard: whether the child looks, after every request, whether the engine changed what it was given.
         limits: resource limits by name without RLIMIT_ (serve.py sets them), and ``processes`` and ``resident`` (bytes)
             of the whole tree, which a thread here watches.
         timeout: seconds until an answer has come whole; build_timeout: the same for import and build.
@@ -86,6 +88,7 @@ class EngineProcess:
         threads: int | None = None,
         wrap: Callable[[list[str]], list[str]] | None = None,
         deterministic: bool = True,
+        guard: bool = False,
         limits: Mapping[str, int] | None = None,
         timeout: float = 300.0,
         build_timeout: float = 600.0,
@@ -130,7 +133,7 @@ class EngineProcess:
         if any(watched):
             threading.Thread(target=self._watch, args=watched, daemon=True).start()
         try:
-            self._build(threads or target.hardware.threads, deterministic, build_timeout)
+            self._build(threads or target.hardware.threads, deterministic, guard, build_timeout)
         except BaseException:
             self.close()
             raise
@@ -241,6 +244,11 @@ class EngineProcess:
         answers = self._ask("memory", {}, [[]] * self.ranks, admit.memory)
         return sum(answer.fields["device_peak_bytes"] for answer in answers)
 
+    @property
+    def failure(self) -> EngineFailure | None:
+        """What the process died of, or None while it lives."""
+        return self._failure
+
     def printed(self) -> tuple[str, str]:
         """The ends of the child's stdout and stderr."""
         out, err = self._printed
@@ -248,7 +256,7 @@ class EngineProcess:
 
     # Talking to the child
 
-    def _build(self, threads: int, deterministic: bool, timeout: float) -> None:
+    def _build(self, threads: int, deterministic: bool, guard: bool, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         self._answers(deadline, admit.ready)
         fields = {
@@ -257,6 +265,7 @@ class EngineProcess:
             "precision": self.precision,
             "threads": threads,
             "deterministic": deterministic,
+            "guard": guard,
             "timeout": timeout,
         }
         self._send("build", fields, [[]] * self.ranks, deadline)
@@ -271,6 +280,8 @@ class EngineProcess:
         if self._failure is not None:
             raise self._failure
         for channel, items in zip(self._channels, tensors, strict=True):
+            if channel.pending():
+                raise self._fail("garbage", f"the engine speaks without being asked, before {kind}{self._last_line()}")
             try:
                 channel.send(kind, fields, items, deadline)
             except Closed:
@@ -478,7 +489,7 @@ class _Tail:
 
 def _environment(flat: bool, device: str) -> dict[str, str]:
     base = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} if flat else dict(os.environ)
-    return {**base, **(CUDA_ENVIRONMENT if device == "cuda" else {})}
+    return {**SLEEP_WHILE_WAITING, **base, **(CUDA_ENVIRONMENT if device == "cuda" else {})}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

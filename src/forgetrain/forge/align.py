@@ -118,6 +118,7 @@ def align(
                 result.plan, result.divergence = plan, reach.divergence
                 if not reach.agrees:
                     break
+                result.plan = plan = search.settle(plan)
                 found = _judge_plan(result, plan, target, record, truth, reference, report)
                 if found.truth is None or found.divergence is None:
                     break

@@ -101,6 +101,23 @@ class Search:
                 plan, reach = better
         return plan, reach
 
+    def settle(self, plan: Plan) -> Plan:
+        """Where the truths leave a choice open, takes the one that was written after the reference: the last bits that
+        it decides may part on the next batch. ``plan`` agrees with every truth, and so does what is returned."""
+        with tempfile.TemporaryDirectory() as folder, pinned(self.target.hardware.threads):
+            self._folder = Path(folder)
+            for key, options in choices(self.target).items():
+                known = [name for name in options if familiar(key, name, self.target.reference.name)]
+                if len(known) != 1 or plan[key] == known[0]:
+                    continue
+                candidate = plan.with_choice(key, known[0])
+                found = self.reach(candidate)
+                change, before = ((key, known[0]),), (plan[key],)
+                self.attempts.append(Attempt(self._rounds, "", change, before, found, found.agrees))
+                self.report(self.attempts[-1])
+                plan = candidate if found.agrees else plan
+        return plan
+
     def reach(self, plan: Plan) -> Reach:
         source = write_engine(self.target, plan)
         key = source_hash(source), len(self.truths)

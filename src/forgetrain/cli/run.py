@@ -1,0 +1,110 @@
+"""``forgetrain run``: the main job, from the reference to a reply of the trained model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+
+
+def command(
+    target_file: TargetFile,
+    prompt: Annotated[str | None, typer.Option(help="What the trained model goes on with.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Take nothing from earlier runs of this target.")] = False,
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Collect, align, train, export, and a reply: the whole way, with a table of what was proved."""
+    # these load torch and the references' adapters, which other commands do without
+    from forgetrain.engine.process import EngineFailure
+    from forgetrain.errors import UserError
+    from forgetrain.forge.examine import ReferenceFailure
+    from forgetrain.pipeline import PROMPT, run_target
+    from forgetrain.report.run import write_report
+
+    target = read_target(target_file, overrides)
+    shown = Shown(console)
+    try:
+        outcome = run_target(target, runs, shown, prompt=PROMPT if prompt is None else prompt, restart=restart)
+    except (ReferenceFailure, EngineFailure) as failure:
+        raise UserError(str(failure), remedy="see whether forgetrain collect runs") from None
+    outcome.places["report"] = str(write_report(outcome.as_dict(), outcome.folder))
+    _summary(outcome)
+    emit(outcome.as_dict(), as_json)
+    if not outcome.passed:
+        raise typer.Exit(1)
+
+
+class Shown:
+    """A watcher for a terminal: one bar a stage, with its name, what it does, and how long it still takes. Without a
+    terminal, one line when a stage begins and one when it ends."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._number = 0
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[_Bar]:
+        from forgetrain.pipeline import STAGES
+
+        self._number += 1
+        self._line(f"[bold]{self._number}/{len(STAGES)} {name}[/bold]  {STAGES[name]}")
+        columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+        progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console, transient=True)
+        if self.console.is_terminal:
+            progress.start()
+        try:
+            yield _Bar(progress, progress.add_task("", total=1.0))
+        finally:
+            progress.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+    def _line(self, markup: str) -> None:
+        self.console.print(markup, highlight=False, soft_wrap=True)
+
+
+class _Bar:
+    def __init__(self, progress: Progress, task: TaskID):
+        self._progress, self._task = progress, task
+
+    def __call__(self, what: str, share: float) -> None:
+        self._progress.update(self._task, description=what, completed=share)
+
+    def own_display(self) -> None:
+        self._progress.stop()
+
+
+def _summary(outcome) -> None:
+    proofs = Table(box=box.SIMPLE_HEAD, title="What was proved", title_justify="left", title_style="bold")
+    proofs.add_column("", width=4)
+    proofs.add_column("claim", ratio=2)
+    proofs.add_column("evidence", ratio=3)
+    for proof in outcome.proofs:
+        proofs.add_row("[green]yes[/green]" if proof.passed else "[red]NO[/red]", proof.what, proof.evidence)
+    console.print(proofs)
+    places = Table(box=box.SIMPLE_HEAD, title="Where things are", title_justify="left", title_style="bold")
+    places.add_column("what")
+    places.add_column("where", overflow="fold")
+    for what, where in outcome.places.items():
+        places.add_row(what, where)
+    console.print(places)
+    minutes = " + ".join(f"{name} {math.ceil(seconds)} s" for name, seconds in outcome.stages.items())
+    console.print(f"{minutes} = {sum(outcome.stages.values()):.0f} s", highlight=False, soft_wrap=True)
+    if outcome.stopped:
+        console.print(f"[red]stopped after {outcome.stopped}[/red]")
+    reply = outcome.findings.get("reply")
+    if reply:
+        console.print("\n[bold]The model goes on:[/bold]")
+        console.print(reply["prompt"] + reply["text"], highlight=False, markup=False)
