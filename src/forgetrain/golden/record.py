@@ -8,6 +8,7 @@
     weights.safetensors    the weights from which everything begins, canonical names, fp32
     batches.safetensors    ``<step>/<field>`` of every batch
     taps.safetensors       taps, results and state of the first step, under the names of ``gates.g1.evidence_names``
+    later.safetensors      of a captured record: the same of its last step, and ``start/<state>`` from which that began
     trajectory.jsonl       loss, gradient norm, applied and weight hash of every step, for each number of ranks
     timing.json            seconds of each step
 
@@ -37,7 +38,7 @@ FORMAT = 1
 #: What of the recipe the record's bits depend on.
 _RECIPE_KEYS = ("batch_size", "micro_batch_size", "sequence_length", "beta1", "beta2", "eps", "weight_decay", "clip")
 MANIFEST, WEIGHTS, BATCHES, EVIDENCE = "manifest.json", "weights.safetensors", "batches.safetensors", "taps.safetensors"
-TRAJECTORY, TIMING = "trajectory.jsonl", "timing.json"
+TRAJECTORY, TIMING, LATER = "trajectory.jsonl", "timing.json", "later.safetensors"
 
 
 class Evidence(Mapping[str, Tensor]):
@@ -121,6 +122,11 @@ class GoldenRecord:
     def evidence(self) -> Evidence:
         return Evidence(self.folder / EVIDENCE)
 
+    @property
+    def later(self) -> Evidence | None:
+        """The last step of a captured record, whose reference cannot be asked for one; None in other records."""
+        return Evidence(self.folder / LATER) if LATER in self.manifest["files"] else None
+
     def trajectory(self, ranks: int) -> list[dict[str, Any]]:
         """loss, grad_norm, applied and weight_hash of each step with this many ranks; empty when there is none."""
         lines = (self.folder / TRAJECTORY).read_text(encoding="utf-8").splitlines()
@@ -141,6 +147,7 @@ def write_record(
     trajectories: Mapping[int, list[dict[str, Any]]],
     timing: Mapping[str, Any],
     manifest: Mapping[str, Any],
+    later: Mapping[str, Tensor] | None = None,
 ) -> GoldenRecord:
     """Writes a record whole, in place of an older one. ``manifest`` is what it says besides format and files."""
     folder = Path(folder)
@@ -149,6 +156,8 @@ def write_record(
         fields = {f"{step}/{name}": getattr(b, name) for step, b in enumerate(batches) for name in Batch._fields}
         _save(fields, partial / BATCHES)
         _save(evidence, partial / EVIDENCE)
+        if later is not None:
+            _save(later, partial / LATER)
         with (partial / TRAJECTORY).open("w", encoding="utf-8") as file:
             for ranks, points in trajectories.items():
                 file.writelines(json.dumps({"ranks": ranks, **point}) + "\n" for point in points)
