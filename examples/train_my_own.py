@@ -27,7 +27,8 @@ class Norm(nn.Module):
 
 class Rotary(nn.Module):
     def forward(self, q, k):
-        angle = torch.arange(q.shape[2])[:, None] / 10000.0 ** (torch.arange(0, HEAD, 2).float() / HEAD)
+        frequency = 1.0 / 10000.0 ** (torch.arange(0, HEAD, 2).float() / HEAD)
+        angle = torch.outer(torch.arange(q.shape[2]).float(), frequency)
         cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
         return tuple(x * cos + torch.cat((-x[..., HEAD // 2 :], x[..., : HEAD // 2]), -1) * sin for x in (q, k))
 
@@ -35,9 +36,10 @@ class Rotary(nn.Module):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm1, self.norm2, self.rotary = Norm(DIM), Norm(DIM), Rotary()
+        self.norm1, self.rotary = Norm(DIM), Rotary()
         self.q, self.k, self.v = (nn.Linear(DIM, heads * HEAD, bias=False) for heads in (HEADS, KV, KV))
         self.out = nn.Linear(HEADS * HEAD, DIM, bias=False)
+        self.norm2 = Norm(DIM)
         self.gate, self.up = nn.Linear(DIM, FFN, bias=False), nn.Linear(DIM, FFN, bias=False)
         self.down = nn.Linear(FFN, DIM, bias=False)
 
@@ -54,8 +56,9 @@ class Block(nn.Module):
 class MyLlama(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embed, self.norm, self.head = nn.Embedding(256, DIM), Norm(DIM), nn.Linear(DIM, 256, bias=False)
+        self.embed = nn.Embedding(256, DIM)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm, self.head = Norm(DIM), nn.Linear(DIM, 256, bias=False)
         for weight in (self.embed.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
 

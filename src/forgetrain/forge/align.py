@@ -9,6 +9,8 @@
 3. Judge the file in processes of its own: G1 on the golden step; G2 on a trajectory whose weights, batches and rates
    come from a seed that is drawn only now; G3 at world size 2 and across a restart. When G2 fails, the step at which it
    did becomes one more truth to walk against, and a new candidate is frozen.
+
+Where a script was captured there is no reference to run: forge/captured.py says what is judged instead.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from forgetrain.durable import new_folder, sha256_file, write_json
 from forgetrain.engine.plan import Plan
-from forgetrain.engine.process import EngineProcess
 from forgetrain.engine.write import source_hash, write_engine
 from forgetrain.errors import UserError
+from forgetrain.forge.captured import examine_recorded, judge_script, recorded_truths
 from forgetrain.forge.collect import check_reference, start_reference
 from forgetrain.forge.examine import RANKS, Examination, Tell, examine, later_truth
 from forgetrain.forge.search import Attempt, Reach, Search
@@ -57,6 +60,7 @@ class AlignResult:
 
     @property
     def passed(self) -> bool:
+        """All three verdicts: G1 to G3, or of a captured record G0, G1 and the recorded trajectory."""
         return len(self.verdicts) == 3 and all(verdict.passed for verdict in self.verdicts)
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,16 +103,21 @@ def align(
     Raises:
         UserError: the reference cannot be run for this target.
         ReferenceFailure: the reference's process broke.
+        ReferenceRejected: the captured script does not compute what the target says.
     """
     began = time.monotonic()
     gates = _ready(target)
     truth = golden_truth(record, gates)
-    search = Search(gates, [truth], lambda attempt: say(str(attempt)))
+    captured = recorded_truths(record, truth) if target.reference.name == "capture" else None
+    first = [] if captured is None else [judge_script(captured)]
+    search = Search(gates, [truth] if captured is None else captured, lambda attempt: say(str(attempt)))
     report("walking the taps of the golden step", 0.0)
     plan, reach = search.walk(Plan.textbook())
     say(f"golden step: {reach}")
     result = AlignResult(target.name, None, None, plan, [], reach.divergence)
-    if reach.agrees:
+    if reach.agrees and captured is not None:
+        _judge_plan(result, plan, target, record, lambda file: examine_recorded(file, record, captured, tell=report))
+    elif reach.agrees:
         with start_reference(gates) as reference:
             report("walking the taps of a later step", 0.3)
             search.truths.append(later_truth(reference, gates, derive(record.manifest["seed"], "walk"), 1))
@@ -119,13 +128,15 @@ def align(
                 if not reach.agrees:
                     break
                 result.plan = plan = search.settle(plan)
-                found = _judge_plan(result, plan, target, record, truth, reference, report)
+                judge = partial(examine, gates=gates, truth=truth, reference=reference, tell=report)
+                found = _judge_plan(result, plan, target, record, judge)
                 if found.truth is None or found.divergence is None:
                     break
                 say(found.verdicts[-1].explanation)
                 search.truths.append(found.truth)
     if not reach.agrees:
-        result.verdicts = [_not_reached(reach, len(search.truths))]
+        result.verdicts = [_not_reached(reach, "G2" if captured is None else "trajectory")]
+    result.verdicts = first + result.verdicts
     result.attempts = search.attempts
     result.seconds = time.monotonic() - began
     _write(result, target, record, out)
@@ -144,15 +155,23 @@ def diagnose(
     Raises:
         UserError: there is no such file, or the reference cannot be run for this target.
         ReferenceFailure: the reference's process broke.
+        ReferenceRejected: the captured script does not compute what the target says.
     """
     began = time.monotonic()
     if not file.is_file():
         raise UserError("no such engine file", file=file, remedy="name an engine's .py file")
     gates = _ready(target)
     sha256 = sha256_file(file)
-    report("starting the reference", 0.0)
-    with start_reference(gates) as reference:
-        found = examine(file, gates, golden_truth(record, gates), reference, box=sandbox(file, gates), tell=report)
+    truth, box = golden_truth(record, gates), sandbox(file, gates)
+    if target.reference.name == "capture":
+        captured = recorded_truths(record, truth)
+        script = judge_script(captured)
+        found = examine_recorded(file, record, captured, box=box, tell=report)
+        found.verdicts.insert(0, script)
+    else:
+        report("starting the reference", 0.0)
+        with start_reference(gates) as reference:
+            found = examine(file, gates, truth, reference, box=box, tell=report)
     return AlignResult(
         target.name,
         file,
@@ -167,6 +186,8 @@ def diagnose(
 
 def _ready(target: Target) -> Target:
     """The target at the gates' shape. Raises UserError for what could not be aligned, before anything is run."""
+    if target.reference.name == "capture":
+        return target.at_gates_shape()
     check_reference(target)
     if target.gates.batch_size % RANKS:
         raise UserError(
@@ -183,9 +204,7 @@ def _judge_plan(
     plan: Plan,
     target: Target,
     record: GoldenRecord,
-    truth: Truth,
-    reference: EngineProcess,
-    report: Tell,
+    judge: Callable[[Path], Examination],
 ) -> Examination:
     """Freezes the plan's engine and examines it."""
     source = write_engine(target, plan, _facts(target, record))
@@ -193,21 +212,21 @@ def _judge_plan(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "engine.py"
         file.write_text(source, encoding="utf-8")
-        found = examine(file, truth.target, truth, reference, tell=report)
+        found = judge(file)
     result.verdicts, result.broken = found.verdicts, found.broken
     result.divergence = found.divergence
     return found
 
 
-def _not_reached(reach: Reach, truths: int) -> Verdict:
-    """The verdict of a walk at whose end nothing helped."""
+def _not_reached(reach: Reach, later: str) -> Verdict:
+    """The verdict of a walk at whose end nothing helped; ``later`` is the gate of steps after the golden one."""
     if reach.divergence is None:
         return Verdict("G1", False, explanation=f"the engine {reach}")
     verdict = g1(reach.divergence, reach.equal)
     if reach.truths == 0:
         return verdict
     text = f"the golden step is equal; in a later one {verdict.explanation}; no choice helps"
-    return replace(verdict, gate="G2", explanation=text)
+    return replace(verdict, gate=later, explanation=text)
 
 
 def _facts(target: Target, record: GoldenRecord) -> list[str]:
@@ -227,9 +246,9 @@ def _write(result: AlignResult, target: Target, record: GoldenRecord, out: Path)
     folder = out if result.passed else out.with_name(out.name + ".failed")
     source = write_engine(target, result.plan, _facts(target, record))
     result.sha256 = source_hash(source)
-    with new_folder(folder) as partial:
-        (partial / "engine.py").write_text(source, encoding="utf-8")
-        (partial / "plan.toml").write_text(result.plan.toml(), encoding="utf-8")
+    with new_folder(folder) as fresh:
+        (fresh / "engine.py").write_text(source, encoding="utf-8")
+        (fresh / "plan.toml").write_text(result.plan.toml(), encoding="utf-8")
         verdicts = [verdict.as_dict() for verdict in result.verdicts]
-        write_json(partial / "verdicts.json", {"sha256": result.sha256, "verdicts": verdicts})
+        write_json(fresh / "verdicts.json", {"sha256": result.sha256, "verdicts": verdicts})
     result.engine = folder / "engine.py"

@@ -57,8 +57,12 @@ class ReferenceRejected(Exception):
 
 
 def environment(target: Target) -> dict[str, Any]:
-    """What the record's bits depend on besides the target: the fingerprint and the reference's own version."""
+    """What the record's bits depend on besides the target: the fingerprint and the reference's own version, if it is
+    not the user's script."""
     name = target.reference.name
+    print_of = fingerprint(device=target.hardware.device, threads=target.hardware.threads)
+    if name not in _PACKAGES:
+        return print_of
     try:
         version = importlib.metadata.version(_PACKAGES[name])
     except importlib.metadata.PackageNotFoundError:
@@ -68,7 +72,6 @@ def environment(target: Target) -> dict[str, Any]:
             value=name,
             remedy=f"run pip install 'forgetrain[{name}]'",
         ) from None
-    print_of = fingerprint(device=target.hardware.device, threads=target.hardware.threads)
     return {**print_of, _PACKAGES[name]: version}
 
 
@@ -79,7 +82,7 @@ def check_reference(target: Target) -> None:
             "is collected by forgetrain.capture in your own script, not by this command",
             key="reference.name",
             value=target.reference.name,
-            remedy="see docs/capture.md",
+            remedy="align with what it wrote: forgetrain align TARGET --golden DIR (docs/capture.md)",
         )
     if target.reference.name == "megatron":
         megatron.refuse_unsupported(target)
