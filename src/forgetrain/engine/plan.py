@@ -50,6 +50,20 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "update_block": (("32768", "16384", "131072"), "parameters that AdamW goes through at a time"),
 }
 
+#: What only the hopper schedule decides. A rank names an algorithm of cuBLASLt, counted from its own best guess.
+PRODUCTS = tuple(
+    f"rank_{weight}_{product}"
+    for weight in ("qkv", "o", "gate_up", "down", "head")
+    for product in ("forward", "input_grad", "weight_grad")
+)
+HOPPER: dict[str, tuple[tuple[str, ...], str]] = {
+    "weight_gradients": (
+        ("inline", "beside"),
+        "where weight gradients run: in their turn, or on a second stream, filling what the others leave idle",
+    ),
+    **{key: (tuple("01234567"), "cuBLASLt's algorithm for this product") for key in PRODUCTS},
+}
+
 
 class Plan:
     """An immutable mapping from plan keys (ops and structure) to the names chosen."""
@@ -91,7 +105,9 @@ class Plan:
         return hash(tuple(sorted(self._choices.items())))
 
     def items(self) -> list[tuple[str, str]]:
-        return [(key, self._choices[key]) for key in _KEYS]
+        """Keys and choices; what only the hopper schedule decides is left out of other schedules' plans."""
+        hopper = self._choices["schedule"] == "hopper"
+        return [(key, self._choices[key]) for key in _KEYS if hopper or key not in HOPPER]
 
     def with_choice(self, key: str, name: str) -> Plan:
         return Plan({**self._choices, key: name})
@@ -113,7 +129,7 @@ def choices(target: Target) -> dict[str, tuple[str, ...]]:
 def _options(key: str) -> tuple[str, ...] | None:
     if key in OPS:
         return tuple(OPS[key])
-    return {**STRUCTURE, **SCHEDULE}[key][0] if key in _KEYS else None
+    return {**STRUCTURE, **SCHEDULE, **HOPPER}[key][0] if key in _KEYS else None
 
 
-_KEYS = (*SCHEDULE, *STRUCTURE, *OPS)
+_KEYS = (*SCHEDULE, *HOPPER, *STRUCTURE, *OPS)

@@ -22,7 +22,7 @@ from pathlib import Path
 import jinja2
 import ruff
 
-from forgetrain.engine.plan import SCHEDULE, STRUCTURE, Plan
+from forgetrain.engine.plan import HOPPER, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
 from forgetrain.ops import blocked, regions
 from forgetrain.ops.table import OPS
@@ -94,7 +94,8 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         if given != needed:
             remedy = f"set it to {needed!r}, or choose another schedule in the plan"
             raise UserError("the hopper schedule has no kernel for it", key=key, value=given, remedy=remedy)
-    header = [*facts, "", "Plan:", f"    schedule = {plan['schedule']}"]
+    decided = ("schedule", *HOPPER)
+    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
     text = _TEMPLATES.get_template("hopper.py.j2").render(
         title=f"A pre-training engine for {target.name}, written by ForgeTrain: forward, loss, backward, update.",
         header="\n".join(header).strip(),
@@ -102,6 +103,7 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         model=model.model_dump(mode="json", exclude=_NOT_COMPUTED),
         documents=target.data.documents,
         sources="\n\n".join(_module_source(name) for name in _HOPPER_MODULES),
+        plan=dict(plan.items()),
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
     )
     return format_source(text)

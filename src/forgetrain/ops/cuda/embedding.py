@@ -27,25 +27,26 @@ def embedding_kernel(tokens_ptr, table_ptr, x_ptr, scale, D: tl.constexpr, BLOCK
 
 @triton.jit
 def embedding_backward_kernel(
-    sorted_ptr, order_ptr, d_x_ptr, grad_ptr, tokens, scale, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    sorted_ptr, order_ptr, d_x_ptr, grad_ptr, tokens, scale, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     first = tl.program_id(0)
     token = tl.load(sorted_ptr + first)
     previous = tl.load(sorted_ptr + first - 1, mask=first > 0, other=-1)
     if token != previous:
-        cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
-        total = tl.zeros([COLS], dtype=tl.float32)
-        start = first
-        equal = ROWS
-        while equal == ROWS:
+        cols = tl.arange(0, BLOCK)
+        row = tl.load(order_ptr + first)
+        total = tl.load(d_x_ptr + row * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+        start = first + 1
+        following = tl.load(sorted_ptr + start, mask=start < tokens, other=-1)
+        while following == token:  # most tokens of a micro-batch occur once or twice, a few very often
             place = start + tl.arange(0, ROWS)
             same = tl.load(sorted_ptr + place, mask=place < tokens, other=-1) == token
-            row = tl.load(order_ptr + place, mask=same, other=0)
+            rows = tl.load(order_ptr + place, mask=same, other=0)
             inside = same[:, None] & (cols[None, :] < D)
-            rows = tl.load(d_x_ptr + row[:, None] * D + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(rows, axis=0)
-            equal = tl.sum(same.to(tl.int32), axis=0)
+            more = tl.load(d_x_ptr + rows[:, None] * D + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(more, axis=0)
             start += ROWS
+            following = tl.load(sorted_ptr + start, mask=start < tokens, other=-1)
         at = grad_ptr + token * D + cols
         tl.store(at, tl.load(at, mask=cols < D, other=0.0) + total * scale, mask=cols < D)
 
@@ -62,7 +63,8 @@ def embedding_forward(tokens: Tensor, table: Tensor, scale: float) -> Tensor:
 def embedding_backward_(tokens: Tensor, d_x: Tensor, grad: Tensor, scale: float) -> None:
     """Adds d_x [T, D] times scale into the rows of grad [V, D] fp32."""
     ordered, order = torch.sort(tokens, stable=True)
-    grid = (tokens.shape[0], triton.cdiv(d_x.shape[1], 256))
-    embedding_backward_kernel[grid](
-        ordered, order, d_x, grad, tokens.shape[0], scale, D=d_x.shape[1], ROWS=16, COLS=256, num_warps=4
-    )
+    width = d_x.shape[1]
+    embedding_backward_kernel[(tokens.shape[0],)](
+        ordered, order, d_x, grad, tokens.shape[0], scale,
+        D=width, BLOCK=triton.next_power_of_2(width), ROWS=8, num_warps=8,
+    )  # fmt: skip

@@ -1,32 +1,161 @@
-"""Products by cuBLAS. A weight is [O, I], as Hugging Face stores it; accumulation is fp32, and rounds once.
+"""Products by cuBLASLt, which lets a product add to another tensor and lets us name the algorithm.
 
-    forward    y [T, O] = x [T, I] · weightᵀ
-    backward   d_x = alpha * d_y · weight            grad [O, I] (fp32) += alpha * d_yᵀ · x
+    forward    y [T, O] = alpha * x [T, I] · weightᵀ  (+ added [T, O])
+    backward   d_x = alpha * d_y · weight             grad [O, I] (fp32) += alpha * d_yᵀ · x
 
-The weight's gradient is accumulated inside the product, which reads and writes the fp32 buffer itself. alpha carries
-a constant that scales the branch (muP), which so costs nothing.
+A weight is [O, I], as Hugging Face stores it; accumulation is fp32, and rounds once, after alpha and the sum. So the
+residual stream and the accumulated gradient are read and written inside the products, and a constant that scales the
+branch (muP) costs nothing.
+
+``rank`` says which algorithm of those that cuBLASLt proposes for the shape, best guess first, is taken: its guess is
+often not the fastest. A number written down, and not a race at start-up, so that a run can be repeated bit for bit on
+the same GPU and version of cuBLAS. In fp32, and on a CPU, torch's own product is taken, and rank means nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import torch
 from torch import Tensor
 
-
-def linear_forward(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.mm(x, weight.t())
-
-
-def linear_input_grad(d_y: Tensor, weight: Tensor, alpha: float = 1.0) -> Tensor:
-    if alpha == 1.0:
-        return torch.mm(d_y, weight)
-    d_x = torch.empty(d_y.shape[0], weight.shape[1], dtype=d_y.dtype, device=d_y.device)
-    return torch.addmm(d_x, d_y, weight, beta=0.0, alpha=alpha, out=d_x)
+WORKSPACE_BYTES = 64 << 20
+PROPOSALS = 8
 
 
-def linear_weight_grad_(grad: Tensor, d_y: Tensor, x: Tensor, alpha: float = 1.0) -> None:
+class Proposal(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = (
+        ("algorithm", ctypes.c_uint64 * 8),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    )
+
+
+@functools.cache
+def blas() -> tuple[ctypes.CDLL, ctypes.c_void_p]:
+    """cuBLASLt as torch loaded it, and a handle."""
+    library = ctypes.CDLL(f"libcublasLt.so.{str(torch.version.cuda).split('.')[0]}")
+    handle = ctypes.c_void_p()
+    check(library.cublasLtCreate(ctypes.byref(handle)))
+    return library, handle
+
+
+def check(status: int) -> None:
+    if status != 0:
+        raise RuntimeError(f"cuBLASLt answered status {status}")
+
+
+@functools.cache
+def workspace(stream: int) -> Tensor:
+    """Scratch memory of its own for each stream, since products on two streams run at once."""
+    return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
+
+
+@functools.cache
+def prepared(
+    sizes: tuple[int, int, int], strides: tuple[tuple[int, int], ...], out_dtype: torch.dtype
+) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p], list[Proposal]]:
+    """Descriptor, layouts and proposals for out [M, N] = a [M, K] · b [K, N] in bf16. cuBLASLt thinks in columns, so it
+    is asked for outᵀ = bᵀ · aᵀ; an operand whose rows lie one after another is to it a transposed one, and is taken as
+    it is."""
+    library, _ = blas()
+    (m, n, k), (a_stride, b_stride, out_stride) = sizes, strides
+    float32, bfloat16, compute_float32, transpose_a, transpose_b, workspace_limit = 0, 14, 68, 3, 4, 1
+
+    def layout(dtype: int, rows: int, cols: int, stride: tuple[int, int]) -> tuple[ctypes.c_void_p, bool]:
+        by_rows = stride[1] == 1
+        shape = (cols, rows, stride[0]) if by_rows else (rows, cols, stride[1])
+        found = ctypes.c_void_p()
+        check(library.cublasLtMatrixLayoutCreate(ctypes.byref(found), dtype, *map(ctypes.c_int64, shape)))
+        return found, not by_rows
+
+    b_layout, b_turned = layout(bfloat16, k, n, b_stride)
+    a_layout, a_turned = layout(bfloat16, m, k, a_stride)
+    out_layout, _ = layout(float32 if out_dtype == torch.float32 else bfloat16, m, n, out_stride)
+    descriptor, preference = ctypes.c_void_p(), ctypes.c_void_p()
+    check(library.cublasLtMatmulDescCreate(ctypes.byref(descriptor), compute_float32, float32))
+    for attribute, turned in ((transpose_a, b_turned), (transpose_b, a_turned)):
+        value = ctypes.c_int32(int(turned))
+        check(library.cublasLtMatmulDescSetAttribute(descriptor, attribute, ctypes.byref(value), ctypes.c_size_t(4)))
+    check(library.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
+    limit = ctypes.c_uint64(WORKSPACE_BYTES)
+    check(
+        library.cublasLtMatmulPreferenceSetAttribute(
+            preference, workspace_limit, ctypes.byref(limit), ctypes.c_size_t(8)
+        )
+    )
+    proposals, count = (Proposal * PROPOSALS)(), ctypes.c_int()
+    layouts = [b_layout, a_layout, out_layout]
+    check(
+        library.cublasLtMatmulAlgoGetHeuristic(
+            blas()[1], descriptor, *layouts, out_layout, preference, PROPOSALS, proposals, ctypes.byref(count)
+        )
+    )
+    check(library.cublasLtMatmulPreferenceDestroy(preference))
+    if count.value == 0:
+        raise RuntimeError(f"cuBLASLt has no algorithm for {m} x {k} x {n} with strides {strides}")
+    return descriptor, layouts, list(proposals[: count.value])
+
+
+def product_(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None, rank: int, alpha: float = 1.0) -> Tensor:
+    """out = alpha * a · b + added, in bf16 with an output of bf16 or fp32; ``added`` may be ``out`` itself."""
+    library, handle = blas()
+    sizes, strides = (a.shape[0], b.shape[1], a.shape[1]), (a.stride(), b.stride(), out.stride())
+    descriptor, (b_layout, a_layout, out_layout), proposals = prepared(sizes, strides, out.dtype)
+    stream = torch.cuda.current_stream().cuda_stream
+    scratch = workspace(stream)
+    pointer = ctypes.c_void_p
+    check(
+        library.cublasLtMatmul(
+            handle,
+            descriptor,
+            ctypes.byref(ctypes.c_float(alpha)),
+            pointer(b.data_ptr()),
+            b_layout,
+            pointer(a.data_ptr()),
+            a_layout,
+            ctypes.byref(ctypes.c_float(0.0 if added is None else 1.0)),
+            pointer((out if added is None else added).data_ptr()),
+            out_layout,
+            pointer(out.data_ptr()),
+            out_layout,
+            ctypes.byref(proposals[min(rank, len(proposals) - 1)].algorithm),
+            pointer(scratch.data_ptr()),
+            ctypes.c_size_t(WORKSPACE_BYTES),
+            pointer(stream),
+        )
+    )
+    return out
+
+
+def linear_forward(x: Tensor, weight: Tensor, rank: int) -> Tensor:
+    if x.dtype == torch.float32:
+        return torch.mm(x, weight.t())
+    return product_(x.new_empty(x.shape[0], weight.shape[0]), x, weight.t(), None, rank)
+
+
+def linear_added_forward(added: Tensor, x: Tensor, weight: Tensor, rank: int, alpha: float) -> Tensor:
+    """added + alpha * x · weightᵀ, as a new tensor."""
+    if x.dtype == torch.float32:
+        return torch.addmm(added, x, weight.t(), alpha=alpha)
+    return product_(torch.empty_like(added), x, weight.t(), added, rank, alpha)
+
+
+def linear_input_grad(d_y: Tensor, weight: Tensor, rank: int, alpha: float = 1.0) -> Tensor:
+    d_x = d_y.new_empty(d_y.shape[0], weight.shape[1])
+    if d_y.dtype == torch.float32:
+        return torch.addmm(d_x, d_y, weight, beta=0.0, alpha=alpha, out=d_x)
+    return product_(d_x, d_y, weight, None, rank, alpha)
+
+
+def linear_weight_grad_(grad: Tensor, d_y: Tensor, x: Tensor, rank: int, alpha: float = 1.0) -> None:
     """Adds alpha * d_yᵀ · x to grad."""
     if x.dtype == torch.float32:
         torch.addmm(grad, d_y.t(), x, alpha=alpha, out=grad)
     else:
-        torch.addmm(grad, d_y.t(), x, out_dtype=torch.float32, alpha=alpha, out=grad)
+        product_(grad, d_y.t(), x, grad, rank, alpha)

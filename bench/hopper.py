@@ -1,0 +1,173 @@
+"""Engine against peers on one GPU, in alternating blocks of one run: tokens a second, MFU, memory, ratios.
+
+    python bench/hopper.py minicpm5-1b-h200 --peers megatron --rounds 4 --out engines/minicpm5-1b-h200/measurements
+
+Every contestant is a process of its own (bench/hopper_contestants.py) that holds its model and waits. Each round gives
+every contestant one block: untimed steps, then ``--steps`` timed ones, in an order that reverses from round to round.
+Data are random tokens. A figure is the median over all timed steps; a ratio is taken round by round, so that a drift of
+the GPU's clock cancels, and given with the least and the largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from forgetrain.engine.write import source_hash
+from forgetrain.spec.estimate import flops_per_token
+from forgetrain.spec.hardware import hardware_of
+from forgetrain.spec.target import Target, load_target
+
+ROOT = Path(__file__).resolve().parent.parent
+LABELS = {
+    "engine": "ForgeTrain",
+    "megatron": "Megatron-core + Transformer Engine",
+    "liger": "transformers + Liger, pure bf16",
+}
+
+
+class Contestant:
+    """A process that measures when told to."""
+
+    def __init__(self, name: str, target: Target, engine: Path, rows: int, micro_batches: int, log: Path):
+        self.name = name
+        command = [sys.executable, str(ROOT / "bench" / "hopper_contestants.py"), name]
+        settings = {"target": target.plain(), "engine": str(engine), "rows": rows, "micro_batches": micro_batches}
+        self._log = log.open("w", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [*command, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+        self.facts = self._answer()
+
+    def block(self, steps: int) -> dict:
+        return self.ask({"do": "block", "steps": steps})
+
+    def ask(self, request: dict) -> dict:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(timeout=60)
+        self._log.close()
+
+    def _answer(self) -> dict:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{self.name} ended early; see {self._log.name}")
+
+
+def measure(args: argparse.Namespace) -> dict:
+    target = load_target(ROOT / "targets" / f"{args.target}.toml")
+    engine = args.engine or ROOT / "engines" / args.target / "engine.py"
+    names = ["engine", *(args.peers.split(",") if args.peers else [])]
+    args.out.mkdir(parents=True, exist_ok=True)
+    blocks: dict[str, list[dict]] = {name: [] for name in names}
+    facts: dict[str, dict] = {}
+    held: dict[str, Contestant] = {}
+
+    def contestant(name: str) -> Contestant:
+        log = args.out / f"{name}.log"
+        return held.get(name) or Contestant(name, target, engine, args.micro_batch, args.micro_batches, log)
+
+    for number in range(args.rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            running = contestant(name)
+            blocks[name].append(running.block(args.steps))
+            facts[name] = running.facts
+            if args.apart:
+                running.close()
+            else:
+                held[name] = running
+    result = {
+        "target": target.name,
+        "when": time.strftime("%Y-%m-%d", time.gmtime()),
+        "micro_batch": args.micro_batch,
+        "micro_batches": args.micro_batches,
+        "sequence_length": target.recipe.sequence_length,
+        "order": "blocks alternate, reversed every round",
+        "apart": args.apart,
+        "engine_sha256": source_hash(engine.read_text(encoding="utf-8")),
+        "contestants": {name: {**facts[name], **summary(blocks[name], target, args)} for name in names},
+        "ratios": {name: ratio(blocks["engine"], blocks[name]) for name in names[1:]},
+    }
+    if args.profile:
+        held["engine"] = contestant("engine")
+        result["profile"] = held["engine"].ask({"do": "profile"})
+    for running in held.values():
+        running.close()
+    return result
+
+
+def summary(blocks: list[dict], target: Target, args: argparse.Namespace) -> dict:
+    """Times in milliseconds, a step; MFU as shares of the peak in both conventions."""
+    times = [t for block in blocks for t in block["ms"]]
+    median = statistics.median(times)
+    tokens = args.micro_batch * args.micro_batches * target.recipe.sequence_length
+    rate, flops = tokens / median * 1e3, flops_per_token(target.model, target.recipe.sequence_length)
+    peak = hardware_of(target.hardware).peak("bf16")
+    return {
+        "step_ms": round(median, 2),
+        "step_ms_range": [round(min(times), 2), round(max(times), 2)],
+        "micro_batch_ms": round(median / args.micro_batches, 2),
+        "tokens_per_second": round(rate),
+        "mfu_causal": round(rate * flops.causal / peak, 4),
+        "mfu_full": round(rate * flops.full / peak, 4),
+        "peak_gib": max(block["peak_gib"] for block in blocks),
+        "blocks_ms": [block["ms"] for block in blocks],
+        "loss": blocks[-1]["loss"],
+        "grad_norm": blocks[-1]["grad_norm"],
+    }
+
+
+def ratio(ours: list[dict], theirs: list[dict]) -> dict:
+    """Their time over ours, round by round."""
+    pairs = zip(theirs, ours, strict=True)
+    found = [statistics.median(t["ms"]) / statistics.median(o["ms"]) for t, o in pairs]
+    return {
+        "median": round(statistics.median(found), 4),
+        "range": [round(min(found), 4), round(max(found), 4)],
+        "rounds": len(found),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", help="a file's name in targets/, without .toml")
+    parser.add_argument("--engine", type=Path, help="default: engines/TARGET/engine.py")
+    parser.add_argument("--peers", default="", help="comma-separated: megatron, liger")
+    parser.add_argument("--micro-batch", type=int, default=8, help="rows of a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches of a step")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=4, help="timed steps of a block")
+    parser.add_argument("--apart", action="store_true", help="a new process for each block: what does not fit together")
+    parser.add_argument("--profile", action="store_true", help="list the engine's kernels over one step")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for result.json and the logs")
+    args = parser.parse_args()
+    result = measure(args)
+    name = f"{args.target}-{args.micro_batch}x{args.micro_batches}.json"
+    (args.out / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, found in result["contestants"].items():
+        low, high = found["step_ms_range"]
+        print(
+            f"{LABELS[name]:36} {found['micro_batch_ms']:8.2f} ms a micro-batch, step {found['step_ms']:.1f} ms "
+            f"({low:.1f} to {high:.1f}), {found['tokens_per_second']:,} tokens/s, MFU {found['mfu_causal']:.2%} causal "
+            f"{found['mfu_full']:.2%} full, {found['peak_gib']} GiB, loss {found['loss']:.4f}"
+        )
+    for name, found in result["ratios"].items():
+        low, high = found["range"]
+        print(f"engine against {LABELS[name]}: {found['median']:.4f}x ({low:.4f} to {high:.4f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The contestants of bench/hopper.py, each in a process of its own: builds a model, then measures when told to.
+
+Requests come as JSON lines on stdin, answers go as JSON lines to stdout. Each contestant does whole optimizer steps at
+the same policy: bf16 weights, fp32 masters, moments and accumulated gradients, clipping at 1 (Liger alone, as people
+run it, keeps bf16 weights only).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Step = Callable[[], tuple[torch.Tensor, torch.Tensor]]  # one optimizer step; loss and gradient norm
+Release = Callable[[], None]  # gives memory back between blocks
+
+
+def engine_step(settings: dict) -> tuple[Step, Release]:
+    from forgetrain.engine.contract import make_batch
+    from forgetrain.engine.write import load_engine
+
+    target, tokens = settings["target"], random_tokens(settings)
+    target["recipe"]["micro_batch_size"] = settings["rows"]
+    engine = load_engine(settings["engine"]).build(target, device="cuda", precision="bf16", mesh=None)
+    views = {name.removeprefix("master/"): s.tensor for name, s in engine.state().items() if name.startswith("master/")}
+    engine.load({name: initial(tensor) for name, tensor in views.items()})
+    batch = make_batch(tokens, tokens.roll(-1, 1))
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        result = engine.step(batch, 3e-4)
+        return result.loss, result.grad_norm
+
+    return step, engine.release
+
+
+def initial(like: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(like) if like.dim() == 1 else torch.randn_like(like) * 0.02
+
+
+def random_tokens(settings: dict) -> torch.Tensor:
+    target = settings["target"]
+    shape = (settings["rows"] * settings["micro_batches"], target["recipe"]["sequence_length"])
+    return torch.randint(0, target["model"]["vocab_size"], shape, device="cuda")
+
+
+def megatron_step(settings: dict) -> tuple[Step, Release]:
+    """Megatron-core's own model, DDP and distributed optimizer with Transformer Engine's layers and everything fused:
+    cuDNN attention, SwiGLU, RoPE, cross-entropy, weight gradients accumulated in fp32 inside the product. muP scales,
+    which it has in part only, are left out: that spares it work."""
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    sys.modules["fused_weight_gradient_mlp_cuda"] = weight_gradient_module()
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.enums import AttnBackend
+    from megatron.core.transformer.module import Float16Module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    m, recipe = settings["target"]["model"], settings["target"]["recipe"]
+    dist.init_process_group("nccl", rank=0, world_size=1, init_method="tcp://127.0.0.1:29517")
+    parallel_state.initialize_model_parallel(1, 1)
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        attention_backend=AttnBackend.fused, num_layers=m["num_hidden_layers"], hidden_size=m["hidden_size"],
+        ffn_hidden_size=m["intermediate_size"], num_attention_heads=m["num_attention_heads"],
+        num_query_groups=m["num_key_value_heads"], kv_channels=m["head_dim"], normalization="RMSNorm",
+        layernorm_epsilon=m["rms_norm_eps"], gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False,
+        bias_activation_fusion=True, bias_dropout_fusion=True, attention_dropout=0.0, hidden_dropout=0.0, bf16=True,
+        params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16, apply_rope_fusion=True,
+        gradient_accumulation_fusion=True, masked_softmax_fusion=True, persist_layer_norm=True,
+        cross_entropy_loss_fusion=True, cross_entropy_fusion_impl="te",
+    )  # fmt: skip
+    model = GPTModel(
+        config, get_gpt_layer_with_transformer_engine_spec(), vocab_size=m["vocab_size"],
+        max_sequence_length=recipe["sequence_length"], position_embedding_type="rope", rotary_base=m["rope_theta"],
+        share_embeddings_and_output_weights=m["tie_word_embeddings"],
+    ).cuda()  # fmt: skip
+    ddp = DistributedDataParallel(
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        Float16Module(config, model),
+    )  # fmt: skip
+    options = OptimizerConfig(
+        optimizer="adam", lr=3e-4, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True,
+        clip_grad=recipe["clip"], adam_beta1=recipe["beta1"], adam_beta2=recipe["beta2"],
+        weight_decay=recipe["weight_decay"],
+    )  # fmt: skip
+    optimizer = get_megatron_optimizer(options, [ddp])
+    tokens, count = random_tokens(settings), settings["micro_batches"]
+    positions = torch.arange(tokens.shape[1], device="cuda")[None].expand(settings["rows"], -1)
+    parts = list(zip(tokens.chunk(count), tokens.roll(-1, 1).chunk(count), strict=True))
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        total = torch.zeros((), device="cuda")
+        for number, (part, labels) in enumerate(parts):
+            with contextlib.nullcontext() if number == count - 1 else ddp.no_sync():
+                loss = ddp(part, positions, None, labels=labels).float().mean() / count
+                loss.backward()
+                total += loss.detach()
+        ddp.finish_grad_sync()
+        _, norm, _ = optimizer.step()
+        return total, torch.as_tensor(norm)
+
+    return step, torch.cuda.empty_cache
+
+
+def weight_gradient_module() -> types.ModuleType:
+    """Apex's extension, which Megatron's output layer asks for, with the same arithmetic by cuBLAS."""
+
+    def accumulate(x: torch.Tensor, d_y: torch.Tensor, grad: torch.Tensor) -> None:
+        x, d_y = x.reshape(-1, x.shape[-1]), d_y.reshape(-1, d_y.shape[-1])
+        torch.addmm(grad, d_y.t(), x, out_dtype=torch.float32, out=grad)
+
+    module = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    module.wgrad_gemm_accum_fp32 = accumulate  # type: ignore[attr-defined]
+    return module
+
+
+def liger_step(settings: dict) -> tuple[Step, Release]:
+    """transformers' Llama with Liger's kernels and cuDNN attention, bf16 weights and AdamW fused, no fp32 masters."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    m, recipe = settings["target"]["model"], settings["target"]["recipe"]
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, cross_entropy=True)
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    keys += ("head_dim", "vocab_size", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
+    config = LlamaConfig(**{key: m[key] for key in keys}, rope_theta=m["rope_theta"], use_cache=False)
+    config._attn_implementation = "sdpa"
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(recipe["beta1"], recipe["beta2"]), weight_decay=0.1, fused=True
+    )
+    tokens, count = random_tokens(settings), settings["micro_batches"]
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        total = torch.zeros((), device="cuda")
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            for part in tokens.chunk(count):
+                loss = model(input_ids=part, labels=part).loss / count
+                loss.backward()
+                total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        return total, norm
+
+    return step, torch.cuda.empty_cache
+
+
+CONTESTANTS = {"engine": engine_step, "megatron": megatron_step, "liger": liger_step}
+PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "liger-kernel")
+
+
+def facts() -> dict[str, Any]:
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "versions": versions,
+    }
+
+
+def block(step: Step, steps: int) -> dict[str, Any]:
+    """Two untimed steps, then ``steps`` timed ones, each awaited; milliseconds."""
+    step()
+    step()
+    times, loss, norm = [], torch.zeros(()), torch.zeros(())
+    torch.cuda.synchronize()
+    for _ in range(steps):
+        begin = time.perf_counter()
+        loss, norm = step()
+        torch.cuda.synchronize()
+        times.append(round((time.perf_counter() - begin) * 1e3, 3))
+    peak = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+    reserved = round(torch.cuda.max_memory_reserved() / 2**30, 1)
+    return {"ms": times, "loss": float(loss), "grad_norm": float(norm), "peak_gib": peak, "reserved_gib": reserved}
+
+
+def profile(step: Step) -> dict[str, Any]:
+    """The kernels of one step by time, and from the first one's start to the last one's end; milliseconds."""
+    step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    rows = [(e.key, e.count, e.self_device_time_total / 1e3) for e in profiler.key_averages()]
+    kernels = [[k, n, round(ms, 3)] for k, n, ms in sorted(rows, key=lambda row: -row[2]) if ms > 0]
+    spans = [e.time_range for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    whole = (max(span.end for span in spans) - min(span.start for span in spans)) / 1e3
+    return {"whole_ms": round(whole, 3), "sum_ms": round(sum(row[2] for row in kernels), 3), "kernels": kernels}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to the log
+    name, settings = sys.argv[1], json.loads(sys.argv[2])
+    torch.cuda.set_device(0)
+    torch.manual_seed(0)
+    step, release = CONTESTANTS[name](settings)
+    gc.disable()
+
+    def answer(value: dict) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    step()
+    torch.cuda.synchronize()
+    release()
+    answer(facts())
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer(block(step, request["steps"]) if request["do"] == "block" else profile(step))
+        release()
+
+
+if __name__ == "__main__":
+    main()
