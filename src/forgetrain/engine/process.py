@@ -20,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from forgetrain.engine import admit, serve, tree
 from forgetrain.engine.contract import Batch, Shard, StepResult
+from forgetrain.engine.printed import Tail
 from forgetrain.engine.protocol import Channel, Closed, Message, ProtocolError, Spec, shape_of
 from forgetrain.errors import UserError
 from forgetrain.numerics.compare import bits
@@ -39,7 +39,6 @@ from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
 SERVE = Path(serve.__file__)
-_TAIL = 64 << 10  # bytes kept of what a child prints
 _WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
 #: What a stranger's engine sees of this process's environment: where programs, libraries and GPUs are.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
@@ -70,7 +69,8 @@ class EngineProcess:
         deterministic: whether torch is asked for deterministic algorithms only.
         guard: whether the child looks, after every request, whether the engine changed what it was given.
         limits: resource limits by name without RLIMIT_ (serve.py sets them), and ``processes`` and ``resident`` (bytes)
-            of the whole tree, which a thread here watches.
+            of the whole tree and ``written`` (bytes in ``folder``), which a thread here watches.
+        folder: on this machine's disk, where the engine may write.
         timeout: seconds until an answer has come whole; build_timeout: the same for import and build.
 
     Raises:
@@ -90,6 +90,7 @@ class EngineProcess:
         deterministic: bool = True,
         guard: bool = False,
         limits: Mapping[str, int] | None = None,
+        folder: Path | None = None,
         timeout: float = 300.0,
         build_timeout: float = 600.0,
     ):
@@ -103,7 +104,7 @@ class EngineProcess:
         if flat and not Path(module).is_file():
             raise UserError("no such engine file", file=module, remedy="forgetrain align writes one")
         limits = dict(limits or {})
-        watched = limits.pop("processes", None), limits.pop("resident", None)
+        watched = {name: limits.pop(name) for name in ("processes", "resident", "written") if name in limits}
         pairs = [socket.socketpair() for _ in range(ranks)]
         self._channels = [Channel(ours) for ours, _ in pairs]
         numbers = [theirs.fileno() for _, theirs in pairs]
@@ -128,10 +129,10 @@ class EngineProcess:
         finally:
             for _, theirs in pairs:
                 theirs.close()
-        self._printed = _Tail(self._process.stdout), _Tail(self._process.stderr)
+        self._printed = Tail(self._process.stdout), Tail(self._process.stderr)
         self._closing = threading.Event()
-        if any(watched):
-            threading.Thread(target=self._watch, args=watched, daemon=True).start()
+        if watched:
+            threading.Thread(target=self._watch, args=(watched, folder), daemon=True).start()
         try:
             self._build(threads or target.hardware.threads, deterministic, guard, build_timeout)
         except BaseException:
@@ -443,48 +444,26 @@ class EngineProcess:
                 tree.kill(self._process.pid)
                 self._process.wait()
 
-    def _watch(self, processes: int | None, resident: int | None) -> None:
+    def _watch(self, limits: Mapping[str, int], folder: Path | None) -> None:
         while not self._closing.wait(_WATCH):
             used = tree.usage(self._process.pid)
-            if processes is not None and used.processes > processes:
-                self._fail("limit", f"the engine has {used.processes} processes, {processes} are allowed")
-            elif resident is not None and used.resident_bytes > resident:
-                gib = used.resident_bytes / 2**30, resident / 2**30
-                self._fail("limit", f"the engine uses {gib[0]:.1f} GiB of memory, {gib[1]:.1f} are allowed")
-            else:
+            now = {"processes": used.processes, "resident": used.resident_bytes}
+            if folder is not None:
+                now["written"] = tree.written(folder)
+            over = next((name for name, limit in limits.items() if now.get(name, 0) > limit), None)
+            if over is None:
                 continue
+            have, may = now[over], limits[over]
+            if over == "processes":
+                self._fail("limit", f"the engine has {have} processes, {may} are allowed")
+            else:
+                what = {"resident": "of memory", "written": "on disk"}[over]
+                self._fail("limit", f"the engine uses {have / 2**30:.1f} GiB {what}, {may / 2**30:.1f} are allowed")
             return
 
 
 class _Raised(Exception):
     """The text of an exception in the engine."""
-
-
-class _Tail:
-    """Drains a pipe for ever, so that a child never blocks on printing, and keeps the last of it."""
-
-    def __init__(self, pipe: Any):
-        self._pipe, self._chunks, self._size = pipe, deque[bytes](), 0
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._drain, daemon=True)
-        self._thread.start()
-
-    def text(self) -> str:
-        with self._lock:
-            return admit.printable(b"".join(self._chunks)[-_TAIL:].decode(errors="replace"))
-
-    def close(self) -> None:
-        self._thread.join(timeout=1)  # what the dead child printed last is still in the pipe
-        if not self._thread.is_alive():
-            self._pipe.close()
-
-    def _drain(self) -> None:
-        while chunk := os.read(self._pipe.fileno(), _TAIL):
-            with self._lock:
-                self._chunks.append(chunk)
-                self._size += len(chunk)
-                while self._size - len(self._chunks[0]) > _TAIL:
-                    self._size -= len(self._chunks.popleft())
 
 
 def _environment(flat: bool, device: str) -> dict[str, str]:

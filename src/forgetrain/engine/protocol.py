@@ -103,6 +103,13 @@ class Channel:
             admit(kind, fields, specs)
         return Message(kind, fields, [(spec.name, self._read_tensor(spec, deadline)) for spec in specs])
 
+    def pending(self) -> bool:
+        """Whether something has arrived that nobody asked for; the end of the stream is nothing."""
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
+        except OSError:  # nothing yet, or the other end is gone
+            return False
+
     def close(self) -> None:
         self.socket.close()
 

@@ -52,6 +52,11 @@ class Shard(NamedTuple):
     offsets: tuple[int, ...]
 
 
+def _raw(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, so that NaN equals itself."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
 def load_file(path: Path, name: str) -> ModuleType:
     """Imports one file under ``name``, without putting its folder on the path."""
     spec = importlib.util.spec_from_file_location(name, path)
@@ -70,6 +75,8 @@ class Server:
         self.channel, self.module, self.rank, self.ranks, self.store = channel, engine, rank, ranks, store
         self.device = "cpu"
         self.engine: Any = None
+        self.guard = False
+        self.lent: dict[str, tuple[Tensor, Tensor]] = {}  # what the engine was given and must not change, and a copy
 
     def run(self) -> None:
         self.channel.send("ready", {"torch": torch.__version__})
@@ -85,6 +92,7 @@ class Server:
 
     def on_build(self, fields: dict[str, Any], _: Mapping[str, Tensor]) -> tuple:
         self.device = fields["device"]
+        self.guard = fields["guard"]
         torch.set_num_threads(fields["threads"])
         if fields["deterministic"]:
             torch.use_deterministic_algorithms(True)
@@ -114,18 +122,28 @@ class Server:
         return init_device_mesh(device, (self.ranks,), mesh_dim_names=("data",))
 
     def on_load(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
-        self.engine.load({name: tensor.to(self.device) for name, tensor in tensors.items()})
+        weights = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self._lend(weights)
+        self.engine.load(weights)
+        self._check_lent()
         self._synchronize()
         return ("done",)
 
     def on_step(self, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
-        result = self.engine.step(self._batch(tensors), fields["lr"])
+        batch = self._batch(tensors)
+        self._lend(batch._asdict())
+        result = self.engine.step(batch, fields["lr"])
+        self._check_lent()
         self._synchronize()  # the update too happens on the parent's clock
         names = ("loss", "grad_norm", "applied")
         return "result", {}, [(name, getattr(result, name).cpu()) for name in names]
 
     def on_loss(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
-        return "result", {}, [("loss", self.engine.loss(self._batch(tensors)).cpu())]
+        batch = self._batch(tensors)
+        self._lend(batch._asdict())
+        loss = self.engine.loss(batch)
+        self._check_lent()
+        return "result", {}, [("loss", loss.cpu())]
 
     def on_state(self, _: dict[str, Any], __: Mapping[str, Tensor]) -> tuple:
         state = self.engine.state()
@@ -137,7 +155,9 @@ class Server:
             name: Shard(tensor.to(self.device), tuple(tensor.shape), (0,) * tensor.dim())
             for name, tensor in tensors.items()
         }
+        self._lend({name: shard.tensor for name, shard in state.items()})
         self.engine.restore(state)
+        self._check_lent()
         self._synchronize()
         return ("done",)
 
@@ -149,6 +169,17 @@ class Server:
     def on_memory(self, _: dict[str, Any], __: Mapping[str, Tensor]) -> tuple:
         peak = torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else 0
         return "memory", {"device_peak_bytes": peak}
+
+    def _lend(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remembers what the engine is about to be given, when it is being watched. Weights and states stay lent: an
+        engine that keeps a caller's tensor as its own changes it later."""
+        if self.guard:
+            self.lent |= {name: (tensor, tensor.clone()) for name, tensor in tensors.items()}
+
+    def _check_lent(self) -> None:
+        for name, (tensor, copy) in self.lent.items():
+            if not torch.equal(_raw(tensor), _raw(copy)):
+                raise ValueError(f"the engine changes its input {name}")
 
     def _batch(self, tensors: Mapping[str, Tensor]) -> Batch:
         return Batch(**{name: tensor.to(self.device) for name, tensor in tensors.items()})

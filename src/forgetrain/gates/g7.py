@@ -38,10 +38,12 @@ def g7(
     roofline_seconds: float,
     steps_per_block: int,
     minimum: float = 0.01,
+    beat: bool = True,
     sandboxed: bool = False,
 ) -> Verdict:
     """``champion[i]`` and ``candidate[i]``: seconds of the i-th pair of blocks, each of ``steps_per_block`` steps;
-    ``roofline_seconds``: the least time of one step on this hardware (``forgetrain estimate``)."""
+    ``roofline_seconds``: the least time of one step on this hardware (``forgetrain estimate``). ``beat``: whether the
+    champion must be beaten; without one the race is against a known-good engine, and only the impossible fails."""
     if len(champion) != len(candidate) or len(champion) < PAIRS:
         text = f"{len(champion)} and {len(candidate)} blocks were timed; {PAIRS} pairs are needed"
         return Verdict("G7", False, explanation=text, sandboxed=sandboxed)
@@ -62,13 +64,17 @@ def g7(
     low, ratio, high = ratio_interval(champion, candidate)
     sigma = statistics.stdev(champion) / statistics.fmean(champion) / math.sqrt(len(champion))
     threshold = 1.0 + max(minimum, 2.0 * sigma)
+    detail = {"ratio": ratio, "low": low, "high": high, "sigma": sigma, "pairs": len(champion)}
+    if not beat:
+        text = f"{ratio:.3f} times a known-good engine's speed, between {low:.3f} and {high:.3f}; no champion to beat"
+        return Verdict("G7", True, low, detail=detail, explanation=text, sandboxed=sandboxed)
     return Verdict(
         "G7",
         low > threshold,
         low,
         threshold,
         low - threshold,
-        detail={"ratio": ratio, "low": low, "high": high, "sigma": sigma, "pairs": len(champion)},
+        detail=detail,
         explanation=f"{ratio:.3f} times the champion's speed, between {low:.3f} and {high:.3f}; more than "
         f"{threshold:.3f} at the lower end is needed",
         sandboxed=sandboxed,

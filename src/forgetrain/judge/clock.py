@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from forgetrain.engine.contract import Batch
 from forgetrain.engine.process import EngineProcess
 from forgetrain.judge.evidence import State
 from forgetrain.judge.hidden import Stream
@@ -89,16 +90,18 @@ def race(
     chosen = secrets.randbelow(blocks)
     for engine, lane in lanes.items():
         engine.load(weights)
-        lane.warm_up = [_timed_step(engine, stream, step)[0] for step in range(warm_up)]
+        lane.warm_up = [_timed_step(engine, stream.at(step), stream.rate(step))[0] for step in range(warm_up)]
     before, after = candidate.state(), None
     for engine in lanes:
         engine.pause()
     for block in range(blocks):
         first = warm_up + block * steps
+        # made while both engines are stopped: between two steps an engine has no time of its own
+        batches = [(stream.at(step), stream.rate(step)) for step in range(first, first + steps)]
         pair = [champion, candidate] if secrets.randbelow(2) else [candidate, champion]
         for engine in pair:
             engine.resume()
-            timed = [_timed_step(engine, stream, step) for step in range(first, first + steps)]
+            timed = [_timed_step(engine, batch, rate) for batch, rate in batches]
             began = time.perf_counter()
             state = engine.state()
             lanes[engine].fetches.append(time.perf_counter() - began)
@@ -117,9 +120,8 @@ def race(
     return Race(lanes[champion], lanes[candidate], steps, replay)
 
 
-def _timed_step(engine: EngineProcess, stream: Stream, step: int) -> tuple[float, float]:
+def _timed_step(engine: EngineProcess, batch: Batch, rate: float) -> tuple[float, float]:
     """(seconds, loss): from before the batch is sent until the loss is here."""
-    batch, rate = stream.at(step), stream.rate(step)
     began = time.perf_counter()
     result = engine.step(batch, rate)
     return time.perf_counter() - began, float(result.loss)

@@ -21,8 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.process import EngineFailure, EngineProcess
 from forgetrain.engine.write import write_engine
@@ -44,7 +42,9 @@ KNOWN_GOOD = {"token_order": "sequence", "qkv": "fused", "gate_up": "fused", "ad
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is run. pairs, steps: blocks of the race and steps of each; timeout: seconds for any answer."""
+    """How much is run. pairs, steps: blocks of the race and steps of each; timeout: seconds for any answer;
+    keep: whether processes of the reference and of the known-good engine stay between gates, which is quicker for
+    small models and costs their memory."""
 
     g4_batches: int = 4
     g3_steps: int = 4
@@ -52,6 +52,7 @@ class Effort:
     steps: int = 4
     warm_up: int = 2
     timeout: float = 300.0
+    keep: bool = False
 
 
 @dataclass
@@ -101,6 +102,7 @@ class Judge:
         self.roofline_seconds, self.device = roofline_seconds, device or target.hardware.device
         self.pool = [draw_seed() for _ in range(target.gates.g5_seeds)]
         self.kept: dict[str, Any] = {}
+        self._running: dict[tuple[Any, ...], EngineProcess] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="forgetrain-judge-")
         self.known_good = Path(self._folder.name) / "known_good.py"
         self.known_good.write_text(write_engine(target, Plan(KNOWN_GOOD)), encoding="utf-8")
@@ -112,6 +114,8 @@ class Judge:
         self.close()
 
     def close(self) -> None:
+        while self._running:
+            self._running.popitem()[1].close()
         self._folder.cleanup()
 
     def judge(
@@ -127,7 +131,8 @@ class Judge:
         """Runs the gates in order and stops at the first that fails, unless ``all_gates``.
 
         Args:
-            champion: whom G7 races against; without one the known-good engine of the textbook's kind.
+            champion: whom G7 races against and who must be beaten; without one a known-good engine of the textbook's
+                kind, which need not be.
             gates: names of BITWISE or NUMERIC to run instead of all of them.
             bitwise: whether the candidate must equal the reference bit for bit.
 
@@ -140,8 +145,8 @@ class Judge:
             if name not in known:
                 raise UserError("no such gate", key="gates", value=name, remedy=f"choose from {', '.join(known)}")
         with self._freeze(file) as (frozen, digest):
-            box = sandbox(frozen, self.target, device=self.device)
-            trial = Trial(self, frozen, box, draw_seed(), champion or self.known_good)
+            box = self._sandbox(frozen, digest)
+            trial = Trial(self, frozen, box, draw_seed(), champion)
             judgement = Judgement(digest, sandbox=box.description, sandboxed=box.sandboxed)
             for name in known:
                 if gates is not None and name not in gates:
@@ -170,43 +175,87 @@ class Judge:
             frozen.chmod(0o444)
             yield frozen, hashlib.sha256(content).hexdigest()
 
-    def trusted(self, module: str | Path, target: Target, *, precision: str | None = None, ranks: int = 1) -> Trusted:
-        """A process of the reference or of a known-good engine; its failure is not the candidate's."""
-        return Trusted(
-            module, target, precision=precision, ranks=ranks, device=self.device, timeout=self.effort.timeout
+    @contextlib.contextmanager
+    def trusted(
+        self, module: str | Path, target: Target, *, precision: str | None = None, ranks: int = 1
+    ) -> Iterator[EngineProcess]:
+        """A process of the reference or of the known-good engine, whose failure is not the candidate's."""
+        key = (str(module), target.recipe.batch_size, target.recipe.sequence_length, precision, ranks)
+        process = self._running.pop(key, None)
+        if process is None:
+            options: dict[str, Any] = {"precision": precision, "ranks": ranks, "device": self.device}
+            with _blaming(module):
+                process = EngineProcess(module, target, timeout=self.effort.timeout, **options)
+        with contextlib.ExitStack() as stack:
+            stack.callback(process.close)
+            with _blaming(module, process):
+                yield process
+            if self.effort.keep:
+                stack.pop_all()
+                self._running[key] = process
+
+    @contextlib.contextmanager
+    def rival(self, champion: Path | None) -> Iterator[EngineProcess]:
+        """Whom the candidate races against. A champion was a candidate once, so it runs in a sandbox as well."""
+        if champion is None:
+            with self.trusted(self.known_good, self.target) as process:
+                yield process
+            return
+        with self._freeze(champion) as (frozen, digest):
+            with _blaming(champion):
+                process = self.process(frozen, self._sandbox(frozen, digest), self.target)
+            with process, _blaming(champion, process):
+                yield process
+
+    def _sandbox(self, frozen: Path, digest: str) -> Sandbox:
+        """With a folder for compiled code that lives as long as this judge."""
+        cache = Path(self._folder.name) / "compiled" / digest
+        cache.mkdir(parents=True, exist_ok=True)
+        return sandbox(frozen, self.target, device=self.device, cache=cache)
+
+    def process(
+        self,
+        file: Path,
+        box: Sandbox,
+        target: Target,
+        *,
+        precision: str | None = None,
+        ranks: int = 1,
+        guard: bool = False,
+    ) -> EngineProcess:
+        """An engine file that nobody vouches for, in its sandbox."""
+        return EngineProcess(
+            file,
+            target,
+            precision=precision,
+            ranks=ranks,
+            device=self.device,
+            guard=guard,
+            wrap=box.wrap,
+            limits=box.limits,
+            folder=box.cache,
+            timeout=self.effort.timeout,
         )
 
 
-class Trusted:
-    """An EngineProcess whose failures are the user's business: wrong installation, too little memory."""
-
-    def __init__(self, module: str | Path, target: Target, **options: Any):
-        self._module, self._target, self._options = module, target, options
-
-    def __enter__(self) -> EngineProcess:
-        with self._told():
-            self._process = EngineProcess(self._module, self._target, **self._options)
-        return self._process
-
-    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        self._process.close()
-        if isinstance(error, EngineFailure):
-            with self._told():
-                raise error
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except EngineFailure as failure:
-            name = str(self._module)
-            raise UserError(f"{name} failed: {failure}", remedy="forgetrain collect checks the reference") from failure
+@contextlib.contextmanager
+def _blaming(module: str | Path, process: EngineProcess | None = None) -> Iterator[None]:
+    """A failure of what is trusted is the user's business: a wrong installation, too little memory. With ``process``
+    only that one's; a candidate's failure passes."""
+    try:
+        yield
+    except EngineFailure as failure:
+        if process is not None and process.failure is not failure:
+            raise
+        raise UserError(
+            f"{module} failed: {failure}", remedy="see whether that engine runs by itself, on this machine"
+        ) from failure
 
 
 class Trial:
     """One candidate's way through the gates."""
 
-    def __init__(self, judge: Judge, file: Path, box: Sandbox, seed: int, champion: Path):
+    def __init__(self, judge: Judge, file: Path, box: Sandbox, seed: int, champion: Path | None):
         self.judge, self.file, self.box, self.seed, self.champion = judge, file, box, seed, champion
         self.speed: dict[str, Any] = {}
         self.samples: list[tuple[str, str, int, int, float]] = []
@@ -216,18 +265,9 @@ class Trial:
     def sandboxed(self) -> bool:
         return self.box.sandboxed
 
-    def process(self, target: Target, *, precision: str | None = None, ranks: int = 1) -> EngineProcess:
-        """The candidate at a shape, in its sandbox."""
-        return EngineProcess(
-            self.file,
-            target,
-            precision=precision,
-            ranks=ranks,
-            device=self.judge.device,
-            wrap=self.box.wrap,
-            limits=self.box.limits,
-            timeout=self.judge.effort.timeout,
-        )
+    def process(self, target: Target, **options: Any) -> EngineProcess:
+        """The candidate at a shape, in its sandbox; ``options`` are ``Judge.process``'s."""
+        return self.judge.process(self.file, self.box, target, **options)
 
     def run(self, gate: str) -> Iterator[Verdict]:
         """The verdicts of a gate; a candidate whose process fails has failed the gate."""
@@ -253,5 +293,5 @@ class Trial:
             "warm_up_seconds": sum(run.candidate.warm_up),
             "build_seconds": first_answers["candidate"],
             "pairs": len(candidate),
-            "threads": torch.get_num_threads(),
+            "threads": self.judge.target.hardware.threads,
         }

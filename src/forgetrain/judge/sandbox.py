@@ -6,7 +6,8 @@
 
 Inside there is no network, no home, no repository and no environment of this project's: the interpreter and /usr are
 bound read-only, torch's own packages one by one under /site, the two files that serve an engine and the candidate
-under /forge. Only /tmp and /dev/shm can be written, both in memory and of bounded size.
+under /forge. Only /tmp and /dev/shm can be written, both in memory and of bounded size, and a folder for what
+torch.compile and triton make, when one is given: a candidate's processes share it, so that only the first compiles.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from forgetrain.errors import UserError
 from forgetrain.numerics.waiting import SLEEP_WHILE_WAITING
 from forgetrain.spec.target import Target
 
-SCRATCH = 2 << 30  # bytes in /tmp, and as many in /dev/shm: compiled regions take some hundred MiB
+SCRATCH = 2 << 30  # bytes in /tmp, and as many in /dev/shm and of compiled code: regions take some hundred MiB
 PROCESSES = 256  # torch.compile starts a worker a core, and each of them a compiler
 _ADDRESSES = 16 << 30  # address space that is mapped but not resident: libraries, stacks, allocators' arenas
 _INSIDE = Path("/forge")
 _SITE = Path("/site")
+_CACHE = Path("/cache")
 #: What of /etc programs need: the dynamic linker's cache, and names of compilers.
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
 #: Bits depend on what torch reads here: cores, caches and memory nodes.
@@ -48,6 +50,7 @@ class Sandbox:
     limits: dict[str, int]
     command: tuple[str, ...]
     renamed: tuple[tuple[str, str], ...]
+    cache: Path | None = None
 
     def wrap(self, argv: list[str]) -> list[str]:
         """The child's command line inside the sandbox, where its files have other names."""
@@ -55,12 +58,20 @@ class Sandbox:
         return [*self.command, *(names.get(argument, argument) for argument in argv)]
 
 
-def sandbox(engine: Path, target: Target, *, device: str | None = None, memory_gib: float | None = None) -> Sandbox:
+def sandbox(
+    engine: Path,
+    target: Target,
+    *,
+    device: str | None = None,
+    memory_gib: float | None = None,
+    cache: Path | None = None,
+) -> Sandbox:
     """A sandbox for this engine file.
 
     Args:
         device: the target's unless given; ``cuda`` binds the GPU's device nodes.
         memory_gib: host memory of the whole process tree; the target's, else three quarters of this machine's.
+        cache: a folder of this candidate's alone, for compiled code; without bubblewrap compilers use their own.
     """
     device = device or target.hardware.device
     on_cpu = device == "cpu"
@@ -76,7 +87,10 @@ def sandbox(engine: Path, target: Target, *, device: str | None = None, memory_g
     limits["NPROC"] = 16 * PROCESSES
     engine = engine.resolve()
     files = {SERVE: "serve.py", SERVE.with_name("protocol.py"): "protocol.py", engine: "engine.py"}
-    binds = [part for file, name in files.items() for part in ("--ro-bind", str(file), str(_INSIDE / name))]
+    if cache is not None:
+        limits["written"] = SCRATCH
+    binds = [] if cache is None else _cache_arguments(cache)
+    binds += [part for file, name in files.items() for part in ("--ro-bind", str(file), str(_INSIDE / name))]
     renamed = {str(file): str(_INSIDE / name) for file, name in files.items()}
     renamed[sys.executable] = _interpreter()
     return Sandbox(
@@ -85,7 +99,15 @@ def sandbox(engine: Path, target: Target, *, device: str | None = None, memory_g
         limits,
         (*program, *binds, "--remount-ro", "/", "--"),
         tuple(renamed.items()),
+        cache,
     )
+
+
+def _cache_arguments(cache: Path) -> list[str]:
+    arguments = ["--bind", str(cache.resolve()), str(_CACHE)]
+    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        arguments += ["--setenv", name, str(_CACHE / folder)]
+    return arguments
 
 
 @functools.cache
