@@ -40,7 +40,9 @@ def replay_distance(
     distances = {kind: math.sqrt(apart[kind] / size[kind]) if size[kind] else math.inf for kind in apart}
     pairs = list(zip(found[0], due[0], strict=True))
     # a loss is a mean over many tokens: its error is far smaller than that of a gradient
-    distances["loss"] = max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs)
+    apart_by = [abs(mine - theirs) / abs(theirs) for mine, theirs in pairs]
+    # max() passes over a NaN that is not the first
+    distances["loss"] = max(apart_by) if all(map(math.isfinite, apart_by)) else math.inf
     return {kind: distance if math.isfinite(distance) else math.inf for kind, distance in distances.items()}
 
 
