@@ -1,0 +1,69 @@
+"""What candidates are judged on: a pure function of the seed, and of a kind that shows what is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from forgetrain.judge.hidden import Stream, derive, draw_seed, hidden_weights
+from tests.tiny import ARCHITECTURES, tiny_target
+
+TARGET = tiny_target()
+
+
+def test_batches_are_a_function_of_seed_and_step():
+    one, two, other = Stream(TARGET, 5), Stream(TARGET, 5), Stream(TARGET, 6)
+    two.at(0)
+    for a, b in zip(one.at(3), two.at(3), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(one.at(3).tokens, other.at(3).tokens)
+    assert not torch.equal(one.at(3).tokens, one.at(4).tokens)
+
+
+def test_masks_have_uneven_holes_and_labels_are_the_next_tokens():
+    for step in range(20):
+        batch = Stream(TARGET, 5).at(step)
+        assert torch.equal(batch.tokens[:, 1:], batch.labels[:, :-1])
+        assert 0 < float(batch.mask.sum()) < batch.mask.numel()
+        assert float(batch.loss_denominator) == float(batch.mask.sum())
+        halves = batch.mask[:2].sum(), batch.mask[2:].sum()
+        assert halves[0] != halves[1] or step > 0
+        assert int(batch.cu_seqlens[-1]) == batch.tokens.numel()
+
+
+def test_there_is_something_to_learn():
+    stream = Stream(TARGET, 5)
+    batch = stream.at(0)
+    follows = stream.following[batch.tokens] == batch.labels
+    assert 0.7 < float(follows.float().mean()) < 0.95
+
+
+def test_documents_are_cut_where_the_target_has_them():
+    target = tiny_target(data={"documents": "mask"}, reference={"name": "transformers"})
+    cuts = Stream(target, 5).at(0).cu_seqlens
+    inside = cuts[(cuts > 0) & (cuts < 64)]
+    assert (inside % 16 != 0).any()
+    assert (inside.diff() > 0).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_weight_is_at_its_neutral_value(architecture):
+    model = tiny_target(architecture).model
+    weights = hidden_weights(model, 1)
+    assert set(weights) == set(model.parameter_shapes())
+    for name, weight in weights.items():
+        neutral = 1.0 if name.endswith("norm.weight") else 0.0
+        assert float((weight - neutral).abs().mean()) > 0.01, name
+    assert not torch.equal(weights["model.norm.weight"], hidden_weights(model, 2)["model.norm.weight"])
+
+
+def test_rates_differ_and_stay_within_the_recipe_s():
+    rates = [Stream(TARGET, 5).rate(step) for step in range(50)]
+    assert len(set(rates)) > 40
+    assert TARGET.recipe.lr / 3 <= min(rates) <= max(rates) <= TARGET.recipe.lr
+
+
+def test_seeds():
+    assert draw_seed() != draw_seed()
+    assert derive(1, "a") != derive(1, "b") != derive(2, "b")
+    assert 0 <= derive(draw_seed(), "x") < 2**61

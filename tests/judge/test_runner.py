@@ -1,0 +1,148 @@
+"""The judge from one end to the other on a tiny target: honest engines pass, failures are told and told apart."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import write_engine
+from forgetrain.errors import UserError
+from forgetrain.judge.runner import BITWISE, NUMERIC, Effort, Judge
+from tests.engine.toy import toy
+from tests.tiny import tiny_target
+
+needs_bubblewrap = pytest.mark.skipif(
+    shutil.which("bwrap") is None or subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"]).returncode != 0,
+    reason="bubblewrap does not run here",
+)
+EFFORT = Effort(pairs=5, steps=2, timeout=60, keep=True)
+
+
+def target(dtype: str = "fp32"):
+    return tiny_target(precision={"dtype": dtype}, gates={"g5_steps": 8}, hardware={"threads": 1})
+
+
+def textbook(folder: Path, dtype: str = "fp32", name: str = "textbook.py") -> Path:
+    path = folder / name
+    path.write_text(write_engine(target(dtype), Plan.textbook()))
+    return path
+
+
+def make_judge(folder: Path, dtype: str = "fp32", **options) -> Judge:
+    """The reference is a textbook engine's file: it starts ten times as fast as a framework."""
+    return Judge(target(dtype), reference=textbook(folder, dtype, "reference.py"), effort=EFFORT, **options)
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_honest_engine_passes_every_gate(tmp_path, dtype):
+    told = []
+    with make_judge(tmp_path, dtype) as judge:
+        result = judge.judge(textbook(tmp_path, dtype), all_gates=True, on_verdict=told.append)
+    assert [v.gate for v in result.verdicts if not v.passed] == []
+    numeric = ["G4.fp32", "G4.bf16"] if dtype == "bf16" else ["G4.fp32"]
+    assert [v.gate for v in result.verdicts] == [
+        *("contract", "G4.update", *numeric),
+        *("G7.replay", "G7", "G8", "G5", "G6"),
+    ]
+    assert told == result.verdicts
+    assert result.passed
+    assert result.sandboxed
+    assert all(verdict.sandboxed for verdict in result.verdicts)
+    assert result.speed["tokens_per_second"] > 0
+    assert len(result.samples) == 2 * 5 * 2
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_an_aligned_engine_passes_the_bitwise_gates_and_another_order_of_sums_does_not(tmp_path):
+    with make_judge(tmp_path) as judge:
+        result = judge.judge(textbook(tmp_path), bitwise=True)
+        assert [v.gate for v in result.verdicts] == ["contract", "G1", "G2", "G3", "G7.replay", "G7", "G8"]
+        assert result.passed
+        result = judge.judge(judge.known_good, bitwise=True)
+    assert not result.passed
+    assert [v.gate for v in result.verdicts] == ["contract", "G1"]
+    assert result.first_failure().first_divergence is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_a_champion_must_be_beaten_and_the_roofline_must_not(tmp_path):
+    candidate = textbook(tmp_path)
+    with make_judge(tmp_path) as judge:
+        result = judge.judge(candidate, champion=candidate, gates=("G7",))
+        assert [(v.gate, v.passed) for v in result.verdicts] == [("G7.replay", True), ("G7", False)]
+        judge.roofline_seconds = 1e3
+        result = judge.judge(candidate, gates=("G7",))
+    assert not result.passed
+    assert "faster than this hardware" in result.verdicts[-1].explanation
+
+
+def test_a_candidate_that_breaks_fails_its_gate_and_the_judge_goes_on(tmp_path):
+    with make_judge(tmp_path) as judge:
+        failed = judge.judge(toy(tmp_path)).first_failure()
+        assert failed is not None
+        assert failed.gate == "contract"
+        assert failed.explanation.startswith("after load exp_avg/")
+        broken = tmp_path / "broken.py"
+        broken.write_text("this is not Python")
+        failed = judge.judge(broken).first_failure()
+    assert failed is not None
+    assert (failed.gate, failed.detail["failure"]) == ("contract", "raised")
+    assert "SyntaxError" in failed.explanation
+
+
+def test_a_failing_reference_is_not_the_candidate_s_fault(tmp_path):
+    broken = toy(tmp_path, build="raise RuntimeError('no memory')")
+    with (
+        Judge(target(), reference=broken, effort=EFFORT) as judge,
+        pytest.raises(UserError, match="no memory"),
+    ):
+        judge.judge(textbook(tmp_path), gates=("G4",))
+
+
+@pytest.mark.slow
+def test_a_failing_champion_is_not_the_candidate_s_fault_nor_the_other_way_round(tmp_path):
+    late = "\n        if self.steps == 3: raise RuntimeError('at step 3')"
+    broken = toy(tmp_path, step=late)
+    with make_judge(tmp_path) as judge:
+        with pytest.raises(UserError, match="at step 3"):
+            judge.judge(textbook(tmp_path), champion=broken, gates=("G7",))
+        failed = judge.judge(broken, gates=("G7",)).first_failure()
+    assert failed is not None
+    assert "at step 3" in failed.explanation
+
+
+def test_bad_input_is_refused_before_anything_runs(tmp_path):
+    empty = tmp_path / "empty.py"
+    empty.write_text("\n")
+    with make_judge(tmp_path) as judge:
+        for file, gates, problem in (
+            (tmp_path / "none.py", None, "cannot be read"),
+            (empty, None, "is empty"),
+            (textbook(tmp_path), ("G99",), "no such gate"),
+            (textbook(tmp_path), ("G1",), "no such gate"),  # a bitwise gate
+        ):
+            with pytest.raises(UserError, match=problem):
+                judge.judge(file, gates=gates)
+
+
+def test_the_candidate_that_is_judged_is_the_one_that_was_handed_in(tmp_path):
+    """The file changes while it is judged; the copy that was frozen does not."""
+    path = toy(tmp_path)
+    content = path.read_bytes()
+    with make_judge(tmp_path) as judge, judge._freeze(path) as (frozen, digest):
+        path.write_text("changed")
+        assert frozen.read_bytes() == content
+        with judge._freeze(path) as (_, other):
+            assert other != digest
+
+
+def test_gates_run_from_cheap_to_dear():
+    assert NUMERIC.index("contract") == BITWISE.index("contract") == 0
+    assert NUMERIC.index("G4") < NUMERIC.index("G7") < NUMERIC.index("G5") < NUMERIC.index("G6")
