@@ -88,7 +88,7 @@ class Capture:
         for module, places in self._resolved.outputs.items():
             self._handles.append(module.register_forward_hook(self._output_hook(places)))
         for module, place in self._resolved.inputs.items():
-            self._handles.append(module.register_forward_pre_hook(self._input_hook(place)))
+            self._handles.append(module.register_forward_pre_hook(self._input_hook(place), with_kwargs=True))
         for parameter, names in self._resolved.parameters:
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._gradient_hook(names)))
         self._handles.append(self._optimizer.register_step_pre_hook(self._before_update))
@@ -165,9 +165,20 @@ class Capture:
 
     # What hooks see
 
-    def _on_call(self, *_: Any) -> None:
-        if self._open is not None and torch.is_grad_enabled():
-            self._open.calls += 1
+    def _on_call(self, _: nn.Module, args: tuple) -> None:
+        if self._open is None or not torch.is_grad_enabled():
+            return
+        self._open.calls += 1
+        recipe = self.target.recipe
+        due = [recipe.micro_batch_size, recipe.sequence_length]
+        tokens = [list(x.shape) for x in args[:1] if isinstance(x, Tensor) and x.dtype == torch.int64]
+        if tokens not in ([], [due]):
+            raise UserError(
+                f"the model is called with tokens of shape {tokens[0]}, a micro-batch of the target's [gates] is {due}",
+                key="gates.micro_batch_size",
+                value=recipe.micro_batch_size,
+                remedy="change the target or the script",
+            )
 
     def _output_hook(self, places: tuple[str, ...]) -> Any:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
@@ -180,7 +191,7 @@ class Capture:
         return hook
 
     def _input_hook(self, place: str) -> Any:
-        return lambda _, args: self._take(args[0], (place,))
+        return lambda _, args, kwargs: self._take([*args, *kwargs.values()][0], (place,))
 
     def _gradient_hook(self, names: tuple[str, ...]) -> Any:
         """Fires after each micro-batch's backward has been added; the last sum stays."""
