@@ -25,7 +25,7 @@ from forgetrain.data.folder import open_data
 from forgetrain.data.loader import Loader
 from forgetrain.durable import read_json, sha256_file, write_json
 from forgetrain.engine.contract import weight_hash
-from forgetrain.forge.align import align
+from forgetrain.forge.align import align, alignable
 from forgetrain.forge.collect import ReferenceRejected, open_or_collect, start_reference
 from forgetrain.golden.record import MANIFEST
 from forgetrain.numerics.init import initial_weights
@@ -121,6 +121,7 @@ def run_target(target: Target, runs: Path, watcher: Watcher, *, prompt: str = PR
         UserError: bad input, or a disk that is full.
         EngineFailure: the reference's process broke.
     """
+    alignable(target)
     job = _Job(target, runs / target.name, runs, watcher, restart)
     job.outcome = outcome = Outcome(target, job.folder)
     work = (job.collect, job.align, job.data, job.train, job.compare, job.export, lambda p: job.generate(prompt, p))

@@ -26,14 +26,19 @@ def command(
 ) -> None:
     """Build an engine that equals the reference bit for bit, or say where an engine leaves it."""
     # these load torch, the references' adapters and the judge, which other commands do without
-    from forgetrain.forge.align import align, diagnose
+    from forgetrain.forge.align import align, alignable, diagnose
     from forgetrain.forge.collect import ReferenceRejected, open_named, open_or_collect
     from forgetrain.forge.examine import ReferenceFailure
 
     target = read_target(target_file, overrides)
     if engine is not None and not engine.is_file():
         raise UserError("no such engine file", file=engine, remedy="name an engine's .py file")
+    alignable(target)
     folder = runs / target.name
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:
@@ -41,9 +46,6 @@ def command(
 
             def report(stage: str, share: float) -> None:
                 progress.update(task, description=stage, completed=share)
-
-            def say(line: str) -> None:
-                console.print(line, highlight=False, markup=False)
 
             if golden is not None:
                 record = open_named(target, golden)

@@ -106,7 +106,7 @@ def align(
         ReferenceRejected: the captured script does not compute what the target says.
     """
     began = time.monotonic()
-    gates = _ready(target)
+    gates = alignable(target)
     truth = golden_truth(record, gates)
     captured = recorded_truths(record, truth) if target.reference.name == "capture" else None
     first = [] if captured is None else [judge_script(captured)]
@@ -160,7 +160,7 @@ def diagnose(
     began = time.monotonic()
     if not file.is_file():
         raise UserError("no such engine file", file=file, remedy="name an engine's .py file")
-    gates = _ready(target)
+    gates = alignable(target)
     sha256 = sha256_file(file)
     truth, box = golden_truth(record, gates), sandbox(file, gates)
     if target.reference.name == "capture":
@@ -184,7 +184,7 @@ def diagnose(
     )
 
 
-def _ready(target: Target) -> Target:
+def alignable(target: Target) -> Target:
     """The target at the gates' shape. Raises UserError for what could not be aligned, before anything is run."""
     if target.reference.name == "capture":
         return target.at_gates_shape()
