@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from forgetrain.cli import align, collect, data, engine, estimate, export, generate, ledger, run, target, train
+from forgetrain.cli import (
+    align,
+    collect,
+    data,
+    engine,
+    estimate,
+    export,
+    generate,
+    judge,
+    ledger,
+    redteam,
+    run,
+    target,
+    train,
+)
 from forgetrain.errors import UserError
 
 app = typer.Typer(
@@ -22,8 +36,11 @@ app.add_typer(target.app, name="target")
 app.command("estimate")(estimate.command)
 app.command("collect")(collect.command)
 app.command("align")(align.command)
+app.command("forge")(forge.command)
 app.add_typer(engine.app, name="engine")
 app.add_typer(data.app, name="data")
+app.command("judge")(judge.command)
+app.command("redteam")(redteam.command)
 app.add_typer(ledger.app, name="ledger")
 app.command("train")(train.command)
 app.command("export")(export.command)

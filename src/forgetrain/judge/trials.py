@@ -81,8 +81,11 @@ def _breaches(
     # the same batch again, with other weights: what was remembered by input is wrong now
     exact = oracle_step(target, masters(after), batch, lr, precision=precision)
     yield from scalars(exact, {"loss": engine.loss(batch)}, "on the same batch, after a step,")
+    result = engine.step(batch, lr)
+    yield from scalars(exact, {"loss": result.loss, "grad_norm": result.grad_norm}, "on the same batch, again,")
     engine.restore(start)
     yield from _unequal(_plain(start), engine.state(), "after restore")
+    engine.step(batch, lr)  # what it was given to restore must stay as it was, too
     broken = dict(weights)
     broken["model.norm.weight"] = weights["model.norm.weight"].clone().index_fill_(0, torch.tensor([0]), torch.inf)
     engine.load(broken)

@@ -1,0 +1,146 @@
+"""``forgetrain judge``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target
+from forgetrain.durable import read_json, write_json
+from forgetrain.errors import UserError
+
+if TYPE_CHECKING:
+    from forgetrain.gates.verdict import Verdict
+    from forgetrain.judge.runner import Judgement
+    from forgetrain.spec.target import Target
+
+RECORD = "verdicts.json"
+
+
+def command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An engine file.")],
+    target_file: Annotated[Path, typer.Option("--target", metavar="TARGET", help="The target that it is for.")],
+    champion: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An engine file that must be beaten in speed.")
+    ] = None,
+    bitwise: Annotated[
+        bool, typer.Option("--bitwise", help="It must equal the reference bit for bit: G1 to G3 instead of G4 to G6.")
+    ] = False,
+    gates: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Only these gates, for example G4,G7; nothing is recorded.")
+    ] = None,
+    all_gates: Annotated[bool, typer.Option("--all-gates", help="Go on after a gate that failed.")] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Let verdicts count that were reached without bubblewrap.")
+    ] = False,
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Judge an engine file: run it in the sandbox, through every gate and against the clock, and say why."""
+    from forgetrain.judge.runner import Judge  # loads torch
+
+    target = read_target(target_file, overrides)
+    if not file.is_file():
+        raise UserError("no such engine file", file=file, remedy="name an engine's .py file")
+    data = runs / target.name / "data"
+    names = None if gates is None else tuple(name.strip() for name in gates.split(","))
+    with Judge(target, data=data if data.is_dir() else None, roofline_seconds=roofline_seconds(target)) as judge:
+        judgement = judge.judge(
+            file, champion=champion, gates=names, bitwise=bitwise, all_gates=all_gates, on_verdict=explain
+        )
+    counts = judgement.sandboxed or allow_unsandboxed
+    _say(judgement, counts)
+    recorded = None
+    if names is None and counts:
+        recorded = record(file, judgement)
+        keep(runs, target, file, judgement)
+    emit({**as_plain(judgement), "counts": counts, "recorded": recorded and str(recorded)}, as_json)
+    if not (judgement.passed and counts):
+        raise typer.Exit(1)
+
+
+def explain(verdict: Verdict) -> None:
+    """One verdict for a person: what was asked, the answer, and what led to it."""
+    from forgetrain.judge.words import QUESTIONS
+
+    answer = "passed" if verdict.passed else "FAILED"
+    console.print(f"{verdict.gate} {answer}. {QUESTIONS.get(verdict.gate, '')}", markup=False, highlight=False)
+    console.print(f"    {verdict.explanation}", markup=False, highlight=False)
+    if not verdict.passed and verdict.first_divergence:
+        console.print(f"    first seen in {verdict.first_divergence}", markup=False, highlight=False)
+
+
+def _say(judgement: Judgement, counts: bool) -> None:
+    failed = [verdict.gate for verdict in judgement.verdicts if not verdict.passed]
+    outcome = f"rejected by {', '.join(failed)}" if failed else "accepted"
+    lines = [f"{judgement.candidate[:12]} {outcome} in {judgement.seconds:.0f} s; {judgement.sandbox}"]
+    if judgement.speed:
+        speed = judgement.speed
+        lines.append(
+            f"{speed['tokens_per_second']:,.0f} tokens/s, {speed['step_seconds']:.4g} s a step; the first steps, with "
+            f"compilation, took {speed['warm_up_seconds']:.1f} s"
+        )
+    if not counts:
+        lines.append("nothing kept it from this machine's files and network: it counts with --allow-unsandboxed only")
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def as_plain(judgement: Judgement) -> dict[str, Any]:
+    return {
+        "passed": judgement.passed,
+        "sha256": judgement.candidate,
+        "sandbox": judgement.sandbox,
+        "sandboxed": judgement.sandboxed,
+        "seconds": judgement.seconds,
+        "speed": judgement.speed,
+        "verdicts": [verdict.as_dict() for verdict in judgement.verdicts],
+    }
+
+
+def record(file: Path, judgement: Judgement) -> Path | None:
+    """Leaves the verdicts beside the file, where training looks for them. Other gates' verdicts on the same content
+    stay; a record of another engine is left alone."""
+    path = file.parent / RECORD
+    verdicts = {verdict.gate: verdict.as_dict() for verdict in judgement.verdicts}
+    if path.is_file():
+        before = read_json(path, "move it away")
+        if before.get("sha256") != judgement.candidate:
+            console.print(f"not recorded: {path} is of another engine", markup=False, highlight=False)
+            return None
+        verdicts = {verdict["gate"]: verdict for verdict in before.get("verdicts", [])} | verdicts
+    write_json(path, {"sha256": judgement.candidate, "verdicts": list(verdicts.values())})
+    return path
+
+
+def keep(runs: Path, target: Target, file: Path, judgement: Judgement) -> None:
+    """Puts the judging into the ledger."""
+    from forgetrain.judge.ledger import Ledger
+    from forgetrain.numerics.determinism import fingerprint
+
+    source = file.read_bytes()
+    with Ledger(runs / "ledger") as ledger:
+        key = ledger.add_target(target)
+        candidate = ledger.add_candidate(key, source, message=f"judged by hand: {file.name}")
+        if candidate != judgement.candidate:
+            return  # the file changed while it was judged: what was judged is not there any more
+        environment = fingerprint(device=target.hardware.device, threads=target.hardware.threads)
+        judging = ledger.begin_judging(key, candidate, environment=environment)
+        for verdict in judgement.verdicts:
+            ledger.add_verdict(judging, verdict)
+        ledger.add_samples(judging, judgement.samples)
+        ledger.end_judging(judging, passed=judgement.passed, sandboxed=judgement.sandboxed)
+
+
+def roofline_seconds(target: Target) -> float:
+    """Seconds that no step can be faster than; 0, and a line that says so, on hardware that the table lacks."""
+    from forgetrain.spec.estimate import roofline
+
+    try:
+        return roofline(target).bound
+    except UserError as error:
+        console.print(f"no roofline: {error}", markup=False, highlight=False)
+        return 0.0
