@@ -36,7 +36,9 @@ class Contestant:
 
     def __init__(self, name: str, target: Target, engine: Path, rows: int, micro_batches: int, log: Path):
         self.name = name
-        command = [sys.executable, str(ROOT / "bench" / "hopper_contestants.py"), name]
+        engine = Path(name) if name.endswith(".py") else engine
+        kind = "engine" if name.endswith(".py") else name
+        command = [sys.executable, str(ROOT / "bench" / "hopper_contestants.py"), kind]
         settings = {"target": target.plain(), "engine": str(engine), "rows": rows, "micro_batches": micro_batches}
         self._log = log.open("w", encoding="utf-8")
         self._process = subprocess.Popen(
@@ -77,7 +79,7 @@ def measure(args: argparse.Namespace) -> dict:
     held: dict[str, Contestant] = {}
 
     def contestant(name: str) -> Contestant:
-        log = args.out / f"{name}.log"
+        log = args.out / f"{Path(name).stem}.log"
         return held.get(name) or Contestant(name, target, engine, args.micro_batch, args.micro_batches, log)
 
     for number in range(args.rounds):
@@ -124,6 +126,8 @@ def summary(blocks: list[dict], target: Target, args: argparse.Namespace) -> dic
         "mfu_causal": round(rate * flops.causal / peak, 4),
         "mfu_full": round(rate * flops.full / peak, 4),
         "peak_gib": max(block["peak_gib"] for block in blocks),
+        "megahertz": [block["megahertz"] for block in blocks],
+        "watts": [block["watts"] for block in blocks],
         "blocks_ms": [block["ms"] for block in blocks],
         "loss": blocks[-1]["loss"],
         "grad_norm": blocks[-1]["grad_norm"],
@@ -145,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="a file's name in targets/, without .toml")
     parser.add_argument("--engine", type=Path, help="default: engines/TARGET/engine.py")
-    parser.add_argument("--peers", default="", help="comma-separated: megatron, liger")
+    parser.add_argument("--peers", default="", help="comma-separated: megatron, liger, other engine files")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--rounds", type=int, default=4)
@@ -160,13 +164,13 @@ def main() -> None:
     for name, found in result["contestants"].items():
         low, high = found["step_ms_range"]
         print(
-            f"{LABELS[name]:36} {found['micro_batch_ms']:8.2f} ms a micro-batch, step {found['step_ms']:.1f} ms "
-            f"({low:.1f} to {high:.1f}), {found['tokens_per_second']:,} tokens/s, MFU {found['mfu_causal']:.2%} causal "
+            f"{LABELS.get(name, name):36} {found['micro_batch_ms']:8.2f} ms a micro-batch, "
+            f"step {found['step_ms']:.1f} ms ({low:.1f} to {high:.1f}), {found['tokens_per_second']:,} tokens/s, MFU {found['mfu_causal']:.2%} causal "
             f"{found['mfu_full']:.2%} full, {found['peak_gib']} GiB, loss {found['loss']:.4f}"
         )
     for name, found in result["ratios"].items():
         low, high = found["range"]
-        print(f"engine against {LABELS[name]}: {found['median']:.4f}x ({low:.4f} to {high:.4f})")
+        print(f"engine against {LABELS.get(name, name)}: {found['median']:.4f}x ({low:.4f} to {high:.4f})")
 
 
 if __name__ == "__main__":

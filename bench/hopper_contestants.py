@@ -185,6 +185,7 @@ def block(step: Step, steps: int) -> dict[str, Any]:
     """Two untimed steps, then ``steps`` timed ones, each awaited; milliseconds."""
     step()
     step()
+    watts, megahertz = torch.cuda.power_draw() / 1e3, torch.cuda.clock_rate()  # while the step runs
     times, loss, norm = [], torch.zeros(()), torch.zeros(())
     torch.cuda.synchronize()
     for _ in range(steps):
@@ -194,7 +195,8 @@ def block(step: Step, steps: int) -> dict[str, Any]:
         times.append(round((time.perf_counter() - begin) * 1e3, 3))
     peak = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     reserved = round(torch.cuda.max_memory_reserved() / 2**30, 1)
-    return {"ms": times, "loss": float(loss), "grad_norm": float(norm), "peak_gib": peak, "reserved_gib": reserved}
+    state = {"watts": round(watts), "megahertz": megahertz, "peak_gib": peak, "reserved_gib": reserved}
+    return {"ms": times, "loss": float(loss), "grad_norm": float(norm), **state}
 
 
 def profile(step: Step) -> dict[str, Any]:

@@ -22,23 +22,31 @@ def inputs(*shapes, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width", "programs"), [(7, 48, 3), (6, 33, 8)])
-def test_norm(rows, width, programs, dtype):
-    x, weight, d_y, d_past = inputs((rows, width), (width,), *[(rows, width)] * 2, dtype=dtype)
-    eps, out_scale = 1e-3, 0.25
-    y, rstd = rmsnorm.norm_forward(x, weight, eps, out_scale)
-    leaf, scale = x.double().requires_grad_(), weight.double().requires_grad_()
+@pytest.mark.parametrize(("rows", "width", "programs"), [(7, 48, 3), (6, 33, 8), (5, 1030, 2)])
+def test_add_norm(rows, width, programs, dtype):
+    x, branch, weight, d_y, d_residual = inputs(*[(rows, width)] * 2, (width,), *[(rows, width)] * 2, dtype=dtype)
+    eps, branch_scale, out_scale = 1e-3, 0.3, 0.25
+    total, y, rstd = rmsnorm.add_norm_forward(x, branch, weight, eps, branch_scale, out_scale)
+    near(total, x.double() + branch.double() * branch_scale, dtype)
+    leaf, scale = total.double().requires_grad_(), weight.double().requires_grad_()
     expected = leaf / torch.sqrt(leaf.square().mean(-1, keepdim=True) + eps) * scale * out_scale
     near(y, expected, dtype)
-    d_x, d_weight = torch.autograd.grad(expected, (leaf, scale), d_y.double())
+    d_sum, d_weight = torch.autograd.grad(expected, (leaf, scale), d_y.double())
     partial = torch.full((1, programs, width), float("nan"), device=DEVICE)
-    found = rmsnorm.norm_backward((x, rstd, weight), d_y, d_past, partial[0], out_scale)
-    near(found, d_x + d_past.double(), dtype)
+    found = rmsnorm.add_norm_backward((total, rstd, weight), d_y, d_residual, partial[0], out_scale)
+    near(found, d_sum + d_residual.double(), dtype)
     grad = torch.ones(1, width, device=DEVICE)
     rmsnorm.norm_weight_grad_(partial, grad)
     near(grad[0], d_weight + 1.0, dtype)
-    alone = rmsnorm.norm_backward((x, rstd, weight), d_y, None, partial[0], out_scale)
-    near(alone, d_x, dtype)
+    alone = rmsnorm.add_norm_backward((total, rstd, weight), d_y, None, partial[0], out_scale)
+    near(alone, d_sum, dtype)
+
+
+def test_a_norm_without_a_branch_leaves_its_input():
+    x, weight = inputs((5, 32), (32,), dtype=torch.float32)
+    total, y, _ = rmsnorm.add_norm_forward(x, None, weight, 1e-6)
+    assert total is x
+    near(y, x.double() / torch.sqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double(), x.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -115,10 +123,9 @@ def test_embedding(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32] if DEVICE == "cpu" else DTYPES)
 @pytest.mark.parametrize("rank", [0, 7])
 def test_linear(rank, dtype):
-    x, weight, d_y, added = inputs((72, 48), (64, 48), (72, 64), (72, 64), dtype=dtype)
+    x, weight, d_y = inputs((72, 48), (64, 48), (72, 64), dtype=dtype)
     forward, d_x = x.double() @ weight.double().t(), d_y.double() @ weight.double()
     near(linear.linear_forward(x, weight, rank), forward, dtype)
-    near(linear.linear_added_forward(added, x, weight, rank, 0.5), added.double() + 0.5 * forward, dtype)
     near(linear.linear_input_grad(d_y, weight, rank), d_x, dtype)
     near(linear.linear_input_grad(d_y, weight, rank, 0.5), 0.5 * d_x, dtype)
     grad = torch.full((64, 48), 1000.0, device=DEVICE)

@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 132  # one on each of an H200's multiprocessors, so that the rows in work stay in L2 between the passes
+PROGRAMS = 264  # two on each of an H200's multiprocessors: more rows in work would push each other out of L2
 
 
 @triton.jit
 def cross_entropy_kernel(
     logits_ptr, labels_ptr, mask_ptr, denominator_ptr, loss_ptr, rows,
-    V: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, GRADIENT: tl.constexpr,
+    V: tl.constexpr, LANES: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     LOG2_E = 1.4426950408889634
     col = tl.arange(0, LANES)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -36,9 +36,10 @@ def cross_entropy_kernel(
         # Each lane keeps its own maximum and sum over groups of eight, so that no turn of the loop waits for another.
         largest = tl.full([LANES], -1e30, dtype=tl.float32)
         total = tl.zeros([LANES], dtype=tl.float32)
-        for start in tl.range(0, V, LANES * 8, num_stages=STAGES):
+        for start in range(0, V, LANES * 8):
             inside = start + col < V
-            x = tl.load(row_ptr + start + col, mask=inside, other=-float("inf")).to(tl.float32) * LOG2_E
+            x = tl.load(row_ptr + start + col, mask=inside, other=-float("inf"), eviction_policy="evict_last")
+            x = x.to(tl.float32) * LOG2_E
             higher = tl.maximum(largest, tl.max(x, axis=1))
             total = total * tl.exp2(largest - higher) + tl.sum(tl.exp2(x - higher[:, None]), axis=1)
             largest = higher
@@ -46,11 +47,12 @@ def cross_entropy_kernel(
         log_sum = most + tl.log2(tl.sum(total * tl.exp2(largest - most), axis=0))
         tl.store(loss_ptr + row, weight * (log_sum / LOG2_E - chosen))
         if GRADIENT:
-            for start in tl.range(0, V, LANES * 8, num_stages=STAGES):
+            for start in range(0, V, LANES * 8):
                 inside = start + col < V
-                x = tl.load(row_ptr + start + col, mask=inside, other=-float("inf")).to(tl.float32) * LOG2_E
+                x = tl.load(row_ptr + start + col, mask=inside, other=-float("inf"), eviction_policy="evict_first")
+                x = x.to(tl.float32) * LOG2_E
                 d_x = weight * (tl.exp2(x - log_sum) - tl.where(start + col == label, 1.0, 0.0))
-                tl.store(row_ptr + start + col, d_x, mask=inside)
+                tl.store(row_ptr + start + col, d_x, mask=inside, eviction_policy="evict_first")
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, mask: Tensor, denominator: Tensor, gradient: bool) -> Tensor:
@@ -59,6 +61,6 @@ def cross_entropy_(logits: Tensor, labels: Tensor, mask: Tensor, denominator: Te
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     cross_entropy_kernel[(min(PROGRAMS, rows),)](
         logits, labels, mask, denominator, loss, rows,
-        V=vocab, LANES=1024, STAGES=3, GRADIENT=gradient, num_warps=32,
+        V=vocab, LANES=1024, GRADIENT=gradient, num_warps=32,
     )  # fmt: skip
     return loss

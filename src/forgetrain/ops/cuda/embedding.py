@@ -66,5 +66,5 @@ def embedding_backward_(tokens: Tensor, d_x: Tensor, grad: Tensor, scale: float)
     width = d_x.shape[1]
     embedding_backward_kernel[(tokens.shape[0],)](
         ordered, order, d_x, grad, tokens.shape[0], scale,
-        D=width, BLOCK=triton.next_power_of_2(width), ROWS=8, num_warps=8,
+        D=width, BLOCK=triton.next_power_of_2(width), ROWS=16, num_warps=8,
     )  # fmt: skip

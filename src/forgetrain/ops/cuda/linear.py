@@ -1,11 +1,11 @@
-"""Products by cuBLASLt, which lets a product add to another tensor and lets us name the algorithm.
+"""Products by cuBLASLt, which lets us name the algorithm.
 
-    forward    y [T, O] = alpha * x [T, I] · weightᵀ  (+ added [T, O])
-    backward   d_x = alpha * d_y · weight             grad [O, I] (fp32) += alpha * d_yᵀ · x
+    forward    y [T, O] = x [T, I] · weightᵀ
+    backward   d_x = alpha * d_y · weight            grad [O, I] (fp32) += alpha * d_yᵀ · x
 
-A weight is [O, I], as Hugging Face stores it; accumulation is fp32, and rounds once, after alpha and the sum. So the
-residual stream and the accumulated gradient are read and written inside the products, and a constant that scales the
-branch (muP) costs nothing.
+A weight is [O, I], as Hugging Face stores it; accumulation is fp32, and rounds once. The weight's gradient is
+accumulated inside the product, which reads and writes the fp32 buffer itself. alpha carries a constant that scales
+the branch (muP), which so costs nothing.
 
 ``rank`` says which algorithm of those that cuBLASLt proposes for the shape, best guess first, is taken: its guess is
 often not the fastest. A number written down, and not a race at start-up, so that a run can be repeated bit for bit on
@@ -102,8 +102,8 @@ def prepared(
     return descriptor, layouts, list(proposals[: count.value])
 
 
-def product_(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None, rank: int, alpha: float = 1.0) -> Tensor:
-    """out = alpha * a · b + added, in bf16 with an output of bf16 or fp32; ``added`` may be ``out`` itself."""
+def product_(out: Tensor, a: Tensor, b: Tensor, rank: int, alpha: float = 1.0, accumulate: bool = False) -> Tensor:
+    """out = alpha * a · b, or out += that; a and b are bf16, out is bf16 or fp32."""
     library, handle = blas()
     sizes, strides = (a.shape[0], b.shape[1], a.shape[1]), (a.stride(), b.stride(), out.stride())
     descriptor, (b_layout, a_layout, out_layout), proposals = prepared(sizes, strides, out.dtype)
@@ -119,8 +119,8 @@ def product_(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None, rank: int,
             b_layout,
             pointer(a.data_ptr()),
             a_layout,
-            ctypes.byref(ctypes.c_float(0.0 if added is None else 1.0)),
-            pointer((out if added is None else added).data_ptr()),
+            ctypes.byref(ctypes.c_float(1.0 if accumulate else 0.0)),
+            pointer(out.data_ptr()),
             out_layout,
             pointer(out.data_ptr()),
             out_layout,
@@ -136,21 +136,14 @@ def product_(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None, rank: int,
 def linear_forward(x: Tensor, weight: Tensor, rank: int) -> Tensor:
     if x.dtype == torch.float32:
         return torch.mm(x, weight.t())
-    return product_(x.new_empty(x.shape[0], weight.shape[0]), x, weight.t(), None, rank)
-
-
-def linear_added_forward(added: Tensor, x: Tensor, weight: Tensor, rank: int, alpha: float) -> Tensor:
-    """added + alpha * x · weightᵀ, as a new tensor."""
-    if x.dtype == torch.float32:
-        return torch.addmm(added, x, weight.t(), alpha=alpha)
-    return product_(torch.empty_like(added), x, weight.t(), added, rank, alpha)
+    return product_(x.new_empty(x.shape[0], weight.shape[0]), x, weight.t(), rank)
 
 
 def linear_input_grad(d_y: Tensor, weight: Tensor, rank: int, alpha: float = 1.0) -> Tensor:
     d_x = d_y.new_empty(d_y.shape[0], weight.shape[1])
     if d_y.dtype == torch.float32:
         return torch.addmm(d_x, d_y, weight, beta=0.0, alpha=alpha, out=d_x)
-    return product_(d_x, d_y, weight, None, rank, alpha)
+    return product_(d_x, d_y, weight, rank, alpha)
 
 
 def linear_weight_grad_(grad: Tensor, d_y: Tensor, x: Tensor, rank: int, alpha: float = 1.0) -> None:
@@ -158,4 +151,4 @@ def linear_weight_grad_(grad: Tensor, d_y: Tensor, x: Tensor, rank: int, alpha: 
     if x.dtype == torch.float32:
         torch.addmm(grad, d_y.t(), x, alpha=alpha, out=grad)
     else:
-        product_(grad, d_y.t(), x, grad, rank, alpha)
+        product_(grad, d_y.t(), x, rank, alpha, accumulate=True)

@@ -1,10 +1,11 @@
-"""RMSNorm (arXiv 1910.07467) forward, and backward with the gradient that goes past the norm added: one pass each.
+"""Residual add and RMSNorm in one pass: each row is read once, its sum and its norm are written once.
 
-    y = x / sqrt(mean(x²) + eps) * weight * out_scale
+    sum = x + branch * branch_scale            y = sum / sqrt(mean(sum²) + eps) * weight * out_scale
 
-x and y are [T, D] in the activations' dtype, weight [D] in the weights' dtype, rstd [T] fp32. Arithmetic and sums are
-fp32 and round once. Backward leaves each program's share of the weight's gradient in fp32 partials, which
-``norm_weight_grad_`` adds in a fixed order: no atomics, so the same bits every time.
+(RMSNorm: arXiv 1910.07467.) x, branch, sum, y are [T, D] in the activations' dtype, weight [D] in the weights'
+dtype, rstd [T] fp32. Arithmetic and sums are fp32; the norm is taken of the rounded sum, which is what backward reads
+again. Backward leaves each program's share of the weight's gradient in fp32 partials, which ``norm_weight_grad_``
+adds in a fixed order: no atomics, so the same bits every time.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
@@ -17,19 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NORM_PROGRAMS = 528  # of the backward kernel, at most: four on each of an H200's 132 multiprocessors
+NORM_PROGRAMS = 1056  # of the backward kernel, at most: eight on each of an H200's 132 multiprocessors
 
 
 @triton.jit
-def norm_kernel(
-    x_ptr, weight_ptr, y_ptr, rstd_ptr, rows, out_scale, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+def add_norm_kernel(
+    x_ptr, branch_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, rows, branch_scale, out_scale, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BRANCH: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
     inside = (row[:, None] < rows) & (cols < D)
     at = row.to(tl.int64)[:, None] * D + cols
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        x += tl.load(branch_ptr + at, mask=inside, other=0.0).to(tl.float32) * branch_scale
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, rounded, mask=inside)
+        x = rounded.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     tl.store(y_ptr + at, x * rstd[:, None] * weight * out_scale, mask=inside)
@@ -38,8 +44,8 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    d_y_ptr, x_ptr, rstd_ptr, weight_ptr, d_past_ptr, d_x_ptr, partial_ptr, rows, out_scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_PAST: tl.constexpr,
+    d_y_ptr, x_ptr, rstd_ptr, weight_ptr, d_residual_ptr, d_x_ptr, partial_ptr, rows, out_scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)[None, :]
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -51,14 +57,14 @@ def norm_backward_kernel(
         d_y = tl.load(d_y_ptr + at, mask=inside, other=0.0).to(tl.float32) * out_scale
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)[:, None]
-        if HAS_PAST:
-            d_past = tl.load(d_past_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            d_residual = tl.load(d_residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
         normed = x * rstd
         d_weight += d_y * normed
         d_normed = d_y * weight
         d_x = rstd * (d_normed - normed * (tl.sum(d_normed * normed, axis=1)[:, None] / D))
-        if HAS_PAST:
-            d_x += d_past
+        if HAS_RESIDUAL:
+            d_x += d_residual
         tl.store(d_x_ptr + at, d_x, mask=inside)
     col = tl.arange(0, BLOCK)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + col, tl.sum(d_weight, axis=0), mask=col < D)
@@ -79,31 +85,36 @@ def norm_weight_grad_kernel(
     tl.store(at, tl.load(at, mask=cols < D, other=0.0) + tl.sum(total, axis=0), mask=cols < D)
 
 
-def norm_forward(x: Tensor, weight: Tensor, eps: float, out_scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Returns y and rstd."""
+def add_norm_forward(
+    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, branch_scale: float = 1.0, out_scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x, branch) -> (sum, y, rstd); without a branch the sum is x itself."""
     rows, width = x.shape
     y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-    norm_kernel[(triton.cdiv(rows, 4),)](
-        x, weight, y, rstd, rows, out_scale, eps, D=width, BLOCK=triton.next_power_of_2(width), ROWS=4, num_warps=4
-    )
-    return y, rstd
+    total = x if branch is None else torch.empty_like(x)
+    add_norm_kernel[(triton.cdiv(rows, 2),)](
+        x, x if branch is None else branch, weight, total, y, rstd, rows, branch_scale, out_scale, eps,
+        D=width, BLOCK=triton.next_power_of_2(width), ROWS=2, HAS_BRANCH=branch is not None, num_warps=4,
+    )  # fmt: skip
+    return total, y, rstd
 
 
-def norm_backward(
+def add_norm_backward(
     saved: tuple[Tensor, Tensor, Tensor],
     d_y: Tensor,
-    d_past: Tensor | None,
+    d_residual: Tensor | None,
     partial: Tensor,
     out_scale: float = 1.0,
 ) -> Tensor:
-    """saved: (x, rstd, weight). Returns the gradient of x, with ``d_past`` added, what reaches x past the norm.
-    ``partial`` [programs, D] fp32 takes the weight's gradient in pieces, one from each program."""
-    x, rstd, weight = saved
-    rows, width = x.shape
-    d_x = torch.empty_like(x)
+    """saved: (sum, rstd, weight). Returns the gradient of the sum, d_residual included: that of x, and of the branch
+    before its scale. ``partial`` [programs, D] fp32 takes the weight's gradient in pieces, one from each program."""
+    total, rstd, weight = saved
+    rows, width = total.shape
+    d_x = torch.empty_like(total)
+    block, few = triton.next_power_of_2(width), width > 1024  # wide rows: few warps, two rows a turn
     norm_backward_kernel[(partial.shape[0],)](
-        d_y, x, rstd, weight, d_y if d_past is None else d_past, d_x, partial, rows, out_scale,
-        D=width, BLOCK=triton.next_power_of_2(width), ROWS=2, HAS_PAST=d_past is not None, num_warps=2,
+        d_y, total, rstd, weight, d_y if d_residual is None else d_residual, d_x, partial, rows, out_scale,
+        D=width, BLOCK=block, ROWS=2 if few else 1, HAS_RESIDUAL=d_residual is not None, num_warps=2 if few else 4,
     )  # fmt: skip
     return d_x
 
