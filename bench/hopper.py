@@ -165,8 +165,9 @@ def main() -> None:
         low, high = found["step_ms_range"]
         print(
             f"{LABELS.get(name, name):36} {found['micro_batch_ms']:8.2f} ms a micro-batch, "
-            f"step {found['step_ms']:.1f} ms ({low:.1f} to {high:.1f}), {found['tokens_per_second']:,} tokens/s, MFU {found['mfu_causal']:.2%} causal "
-            f"{found['mfu_full']:.2%} full, {found['peak_gib']} GiB, loss {found['loss']:.4f}"
+            f"step {found['step_ms']:.1f} ms ({low:.1f} to {high:.1f}), {found['tokens_per_second']:,} tokens/s, "
+            f"MFU {found['mfu_causal']:.2%} causal {found['mfu_full']:.2%} full, {found['peak_gib']} GiB, "
+            f"loss {found['loss']:.4f}"
         )
     for name, found in result["ratios"].items():
         low, high = found["range"]
