@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -123,20 +123,15 @@ def run_target(target: Target, runs: Path, watcher: Watcher, *, prompt: str = PR
     """
     alignable(target)
     job = _Job(target, runs / target.name, runs, watcher, restart)
-    job.outcome = outcome = Outcome(target, job.folder)
-    work = (job.collect, job.align, job.data, job.train, job.compare, job.export, lambda p: job.generate(prompt, p))
-    for name, do in zip(STAGES, work, strict=True):
-        began = time.monotonic()
-        try:
-            with watcher.stage(name) as progress:
-                do(progress)
-        except Stopped:
-            outcome.stopped = name
-        outcome.stages[name] = round(time.monotonic() - began, 2)
-        if outcome.stopped:
-            break
+    outcome = job.run(STAGES, prompt)
     write_json(job.folder / "run.json", outcome.as_dict())
     return outcome
+
+
+def prepare(target: Target, runs: Path, watcher: Watcher) -> Outcome:
+    """What optimising begins from: the golden record, the aligned engine, and the data, made where missing."""
+    alignable(target)
+    return _Job(target, runs / target.name, runs, watcher, restart=False).run(("collect", "align", "data"), "")
 
 
 @dataclass
@@ -147,6 +142,24 @@ class _Job:
     watcher: Watcher
     restart: bool
     outcome: Outcome = field(init=False)
+
+    def run(self, stages: Iterable[str], prompt: str) -> Outcome:
+        """The stages in their order; ends after one that makes the next pointless."""
+        self.outcome = outcome = Outcome(self.target, self.folder)
+        for name in stages:
+            began = time.monotonic()
+            try:
+                with self.watcher.stage(name) as progress:
+                    if name == "generate":
+                        self.generate(prompt, progress)
+                    else:
+                        getattr(self, name)(progress)
+            except Stopped:
+                outcome.stopped = name
+            outcome.stages[name] = round(time.monotonic() - began, 2)
+            if outcome.stopped:
+                break
+        return outcome
 
     def prove(self, what: str, passed: bool, evidence: str) -> None:
         self.outcome.proofs.append(Proof(what, passed, evidence))
@@ -180,7 +193,8 @@ class _Job:
     def align(self, progress: Progress) -> None:
         folder = self.folder / "engine"
         stamp = folder / "golden.json"
-        golden = {"manifest": sha256_file(self.record.folder / MANIFEST), "target": self.target.plain()}
+        sections = {name: value for name, value in self.target.plain().items() if name not in ("search", "train")}
+        golden = {"manifest": sha256_file(self.record.folder / MANIFEST), "target": sections}
         engine = folder / "engine.py"
         if not self.restart and stamp.is_file() and engine.is_file() and read_json(stamp, "align again") == golden:
             verdicts = find_verdicts(engine, [])

@@ -14,6 +14,7 @@ from forgetrain.cli import (
     engine,
     estimate,
     export,
+    forge,
     generate,
     judge,
     ledger,

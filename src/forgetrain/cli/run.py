@@ -29,11 +29,11 @@ def command(
     from forgetrain.engine.process import EngineFailure
     from forgetrain.errors import UserError
     from forgetrain.forge.examine import ReferenceFailure
-    from forgetrain.pipeline import PROMPT, run_target
+    from forgetrain.pipeline import PROMPT, STAGES, run_target
     from forgetrain.report.run import write_report
 
     target = read_target(target_file, overrides)
-    shown = Shown(console)
+    shown = Shown(console, stages=len(STAGES))
     try:
         outcome = run_target(target, runs, shown, prompt=PROMPT if prompt is None else prompt, restart=restart)
     except (ReferenceFailure, EngineFailure) as failure:
@@ -49,8 +49,8 @@ class Shown:
     """A watcher for a terminal: one bar a stage, with its name, what it does, and how long it still takes. Without a
     terminal, one line when a stage begins and one when it ends."""
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, stages: int):
+        self.console, self._stages = console, stages
         self._number = 0
 
     @contextmanager
@@ -58,7 +58,7 @@ class Shown:
         from forgetrain.pipeline import STAGES
 
         self._number += 1
-        self._line(f"[bold]{self._number}/{len(STAGES)} {name}[/bold]  {STAGES[name]}")
+        self._line(f"[bold]{self._number}/{self._stages} {name}[/bold]  {STAGES[name]}")
         columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
         progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console, transient=True)
         if self.console.is_terminal:

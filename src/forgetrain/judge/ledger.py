@@ -192,8 +192,10 @@ class Ledger:
     # Writing
 
     def add_target(self, target: Target) -> str:
-        """Returns the target's key, the hash of its plain values."""
-        plain = json.dumps(target.plain(), sort_keys=True)
+        """Returns the target's key: the hash of all that its engines depend on, so that a larger budget for the search
+        goes on with the same attempts."""
+        sections = {name: value for name, value in target.plain().items() if name not in ("search", "train")}
+        plain = json.dumps(sections, sort_keys=True)
         key = hashlib.sha256(plain.encode()).hexdigest()
         with self._transaction() as db:
             db.execute("INSERT OR IGNORE INTO targets VALUES (?, ?, ?, ?)", (key, target.name, plain, time.time()))

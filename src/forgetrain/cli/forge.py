@@ -1,0 +1,84 @@
+"""``forgetrain forge``: collect, align, then a faster engine, attempt after attempt, until the budget is spent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.cli.judge import roofline_seconds
+from forgetrain.cli.run import Shown
+from forgetrain.errors import UserError
+
+if TYPE_CHECKING:
+    from forgetrain.forge.proposers.base import Proposer
+
+
+def command(
+    target_file: TargetFile,
+    agent: Annotated[
+        str | None, typer.Option(metavar="COMMAND", help='A coding agent that writes candidates, as "claude -p".')
+    ] = None,
+    api: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model behind an OpenAI-compatible API that writes them.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(metavar="URL", help="Where that API is.")] = None,
+    prices: Annotated[
+        tuple[float, float],
+        typer.Option(metavar="IN OUT", help="Dollars for a million tokens in and out, for the budget."),
+    ] = (0.0, 0.0),
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Elect a stranger's candidate that no sandbox held.")
+    ] = False,
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Make the target's engine faster under gates; the budget is the target's [search]. Killed, it goes on."""
+    if agent is not None and api is not None:
+        raise UserError("cannot go together", key="--agent, --api", remedy="choose one")
+    if api is None and (base_url is not None or prices != (0.0, 0.0)):
+        raise UserError("is for --api", key="--base-url, --prices", remedy="add --api MODEL")
+    # these load torch, the references' adapters and the judge, which other commands do without
+    from forgetrain.forge.optimise import Loop, plan_of
+    from forgetrain.forge.proposers.agent import Agent
+    from forgetrain.forge.proposers.api import Api
+    from forgetrain.forge.proposers.catalogue import Catalogue
+    from forgetrain.judge.ledger import Ledger
+    from forgetrain.judge.runner import Effort, Judge
+    from forgetrain.pipeline import prepare
+
+    target = read_target(target_file, overrides)
+    proposer: Proposer | None = Agent(agent) if agent else Api(api, base_url=base_url, prices=prices) if api else None
+    prepared = prepare(target, runs, Shown(console, stages=3))
+    if not prepared.passed:
+        emit(prepared.as_dict(), as_json)
+        raise typer.Exit(1)
+    run = runs / target.name
+    catalogue = Catalogue(target, plan_of(run), seed=target.recipe.seed)
+    with (
+        Ledger(runs / "ledger") as ledger,
+        Judge(target, data=run / "data", roofline_seconds=roofline_seconds(target), effort=Effort(keep=True)) as judge,
+    ):
+        loop = Loop(
+            target,
+            runs,
+            ledger,
+            judge,
+            proposer or catalogue,
+            catalogue,
+            say=_say,
+            allow_unsandboxed=allow_unsandboxed,
+        )
+        outcome = loop.run()
+    _say(f"{outcome.ended}. {outcome.attempts} attempts, {outcome.elections} elected")
+    if outcome.folder is not None:
+        _say(f"champion {outcome.champion[:12]}, {outcome.gain:.3f} times the aligned engine: {outcome.folder}")
+    emit(outcome.as_dict(), as_json)
+    if outcome.verified is False:
+        raise typer.Exit(1)
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,330 @@
+"""The loop: a proposer writes a candidate, the judge judges it, the ledger keeps it, a confirmed one is elected.
+
+    with Ledger(runs / "ledger") as ledger, Judge(target, data=data) as judge:
+        loop = Loop(target, runs, ledger, judge, catalogue, catalogue)
+        outcome = loop.run()
+        outcome.champion, outcome.gain
+
+Everything that the loop knows is in the ledger, so a loop that was killed goes on where it was: an attempt that was cut
+off counts with what it had cost, and no candidate is judged twice. One loop works on a target at a time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forgetrain.durable import new_folder, read_json, write_json
+from forgetrain.engine.plan import Plan
+from forgetrain.forge.proposers.base import Attempt, Brief, Budget, NoProposal, Proposal, Proposer
+from forgetrain.forge.proposers.catalogue import Catalogue
+from forgetrain.forge.refs import keep_commit
+from forgetrain.forge.stuck import ELECTED, rung
+from forgetrain.gates.verdict import Verdict
+from forgetrain.judge.ledger import Ledger
+from forgetrain.judge.runner import Judge, Judgement
+from forgetrain.numerics.determinism import fingerprint
+from forgetrain.spec.target import Target
+from forgetrain.train.verified import find_verdicts
+
+#: Attempts after which the champion is judged again from a clean copy, against the aligned engine.
+VERIFY_EVERY = 10
+#: Attempts that a brief tells of.
+TOLD = 8
+#: Of hidden gates a proposer sees pass or fail alone.
+OPEN_GATES = ("contract", "G1", "G7", "G8")
+
+
+@dataclass(frozen=True)
+class Champion:
+    """gain: speed against the aligned engine, the product of the confirmed ratios."""
+
+    digest: str
+    source: str
+    gain: float
+
+
+@dataclass
+class LoopOutcome:
+    """ended: why, in words. verified: whether the champion passed when it was judged again at the end."""
+
+    champion: str
+    gain: float
+    attempts: int
+    elections: int
+    ended: str
+    folder: Path | None = None
+    verified: bool | None = None
+    verification: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "folder": None if self.folder is None else str(self.folder)}
+
+
+class Loop:
+    """``aligned``: the run's aligned engine, from which everything begins. ``proposer`` writes candidates;
+    ``catalogue`` takes over when it is stuck, and may be the same object.
+
+    Args:
+        say: gets one line for each attempt.
+        allow_unsandboxed: elect candidates of strangers where there is no sandbox.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        runs: Path,
+        ledger: Ledger,
+        judge: Judge,
+        proposer: Proposer,
+        catalogue: Catalogue,
+        *,
+        say: Callable[[str], None] = lambda line: None,
+        allow_unsandboxed: bool = False,
+    ):
+        self.target, self.runs, self.ledger, self.judge = target, runs, ledger, judge
+        self.proposer, self.catalogue, self.say = proposer, catalogue, say
+        self.allow_unsandboxed = allow_unsandboxed
+        self.key = ledger.add_target(target)
+        self.environment = fingerprint(device=judge.device, threads=target.hardware.threads)
+        self.first_failure: str | None = None
+        self._since_verified = 0
+
+    def run(self) -> LoopOutcome:
+        """Until the budget is spent, the proposer has nothing more, or the ladder says stop.
+
+        Raises:
+            UserError: another loop works on this target, or the reference failed.
+        """
+        with self.ledger.claim(self.target.name):
+            for id in self.ledger.end_interrupted(self.key):
+                self.say(f"attempt {id[:8]} had been cut off; it counts")
+            self._adopt_aligned()
+            self._remember()
+            ended = None
+            while ended is None:
+                ended = self._attempt()
+            outcome = self._outcome(ended)
+            if outcome.elections:
+                self._verify(outcome)
+                outcome.folder = self._write(outcome)
+        return outcome
+
+    # What the ledger knows.
+
+    def champion(self) -> Champion:
+        row = self.ledger.champion(self.key)
+        assert row is not None
+        ratios = self.ledger.query("SELECT ratio FROM elections WHERE target = ? AND ratio IS NOT NULL", (self.key,))
+        gain = 1.0
+        for earlier in ratios:
+            gain *= earlier["ratio"]
+        return Champion(row["candidate"], self._source(row["candidate"]), gain)
+
+    def _source(self, digest: str) -> str:
+        return self.ledger.files.read(digest).decode()
+
+    def _outcomes(self) -> list[dict[str, Any]]:
+        """The target's attempts in order, with what became of them."""
+        return self.ledger.query(
+            "SELECT a.*, c.message FROM attempts a LEFT JOIN candidates c ON c.hash = a.candidate AND c.target = "
+            "a.target WHERE a.target = ? AND a.proposer != 'align' ORDER BY a.number",
+            (self.key,),
+        )
+
+    def _adopt_aligned(self) -> None:
+        """The aligned engine is the first champion; its verdicts G1 to G3 come with it."""
+        file = self.runs / self.target.name / "engine" / "engine.py"
+        self.aligned = file
+        source = file.read_bytes()
+        digest = self.ledger.add_candidate(self.key, source, proposer="align", message="equals the reference")
+        self.baseline = digest
+        if self.ledger.champion(self.key) is None:
+            judging = self.ledger.begin_judging(
+                self.key, digest, environment=self.environment, purpose="aligned", id=f"aligned-{self.key}-{digest}"
+            )
+            for plain in find_verdicts(file, []) or []:
+                values = {key: value for key, value in plain.items() if key != "pass"}
+                self.ledger.add_verdict(judging, Verdict(passed=plain["pass"], **values))
+            self.ledger.end_judging(judging, passed=True, sandboxed=False)
+            self.ledger.elect(judging)
+            keep_commit(self.runs, self.target.name, digest, source.decode(), "aligned engine")
+
+    def _remember(self) -> None:
+        """Tells the catalogue what the ledger knows, so that it proposes nothing twice."""
+        for row in self.ledger.query("SELECT hash FROM candidates WHERE target = ?", (self.key,)):
+            self.catalogue.tell(self._source(row["hash"]), None)
+
+    # One attempt.
+
+    def _budget(self) -> Budget:
+        limits, spent = self.target.search, self.ledger.spent(self.key)
+        return Budget(
+            limits.minutes - spent.seconds / 60,
+            limits.attempts - spent.attempts,
+            max(0.0, limits.dollars - spent.dollars),
+            max(0, limits.tokens - spent.tokens),
+        )
+
+    def _attempt(self) -> str | None:
+        """One attempt; why the loop ends, or None to go on."""
+        budget = self._budget()
+        if budget.minutes <= 0:
+            return f"{self.target.search.minutes:g} minutes are spent"
+        if budget.attempts <= 0:
+            return f"{self.target.search.attempts} attempts are made"
+        history = self._outcomes()
+        step = rung([row["reason"] if row["outcome"] != "accepted" else ELECTED for row in history])
+        if step.stop:
+            return f"stuck: {len(history)} attempts, none elected since long; last: {history[-1]['reason']}"
+        proposer = self.catalogue if step.catalogue else self.proposer
+        champion = self.champion()
+        parent = self._other_parent(champion) if step.other_parent else champion
+        brief = self._brief(parent, budget, history, step.notes)
+        id, began = self.ledger.begin_attempt(self.key, proposer=proposer.name), time.monotonic()
+        answer = proposer.propose(brief)
+        self.ledger.spend(id, seconds=time.monotonic() - began, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
+        if isinstance(answer, NoProposal):
+            self.ledger.end_attempt(id, "failed", reason=answer.reason, seconds=time.monotonic() - began)
+            self.say(f"attempt {len(history) + 1}, {proposer.name}: nothing: {answer.reason}")
+            return answer.reason if answer.exhausted else None
+        outcome, reason, ratio = self._judge(id, answer, parent, champion, proposer)
+        self.ledger.end_attempt(id, outcome, reason=reason, seconds=time.monotonic() - began)
+        self.catalogue.tell(answer.source, None if ratio is None else ratio * champion.gain)
+        seconds = time.monotonic() - began
+        self.say(f"attempt {len(history) + 1}, {proposer.name}: {answer.message}: {reason} ({seconds:.0f} s)")
+        self._since_verified += 1
+        return None
+
+    def _other_parent(self, champion: Champion) -> Champion:
+        """The champion before this one."""
+        rows = self.ledger.query(
+            "SELECT candidate FROM elections WHERE target = ? AND candidate != ? ORDER BY number DESC LIMIT 1",
+            (self.key, champion.digest),
+        )
+        return Champion(rows[0]["candidate"], self._source(rows[0]["candidate"]), 1.0) if rows else champion
+
+    def _brief(self, parent: Champion, budget: Budget, history: list[dict[str, Any]], notes: tuple[str, ...]) -> Brief:
+        told = [
+            Attempt(row["number"], row["proposer"], row["message"] or "no candidate", row["reason"] or row["outcome"])
+            for row in history[-TOLD:]
+        ]
+        return Brief(
+            self.target,
+            parent.source,
+            None,
+            budget,
+            first_failure=self.first_failure,
+            attempts=tuple(told),
+            notes=notes,
+        )
+
+    def _judge(
+        self, id: str, proposal: Proposal, parent: Champion, champion: Champion, proposer: Proposer
+    ) -> tuple[str, str, float | None]:
+        """(outcome, reason, ratio): through the gates, then a fresh confirmation that decides the election."""
+        known = {row["hash"] for row in self.ledger.query("SELECT hash FROM candidates WHERE target = ?", (self.key,))}
+        lines = difflib.unified_diff(parent.source.splitlines(True), proposal.source.splitlines(True), "parent", "new")
+        digest = self.ledger.add_candidate(
+            self.key,
+            proposal.source.encode(),
+            proposer=proposer.name,
+            message=proposal.message,
+            parent=parent.digest,
+            diff="".join(lines),
+            attempt=id,
+            files={} if proposal.plan is None else {"plan.toml": proposal.plan.toml().encode()},
+        )
+        keep_commit(self.runs, self.target.name, digest, proposal.source, proposal.message, parent.digest)
+        if digest in known:
+            return "rejected", "was judged before", None
+        judgement, _ = self._through_gates(digest, champion, "gates", None)
+        failed = judgement.first_failure()
+        if failed is not None:
+            seen = failed.gate in OPEN_GATES
+            self.first_failure = f"{failed.gate}: {failed.explanation}" if seen else f"{failed.gate} failed"
+            ratio = failed.detail.get("ratio") if failed.gate == "G7" and failed.detail else None
+            words = f", {ratio:.3f} times the champion" if ratio else ""
+            return "rejected", f"rejected by {failed.gate}{words}", ratio
+        trusted = proposer is self.catalogue
+        if not (judgement.sandboxed or trusted or self.allow_unsandboxed):
+            return "rejected", "unsandboxed, so not elected; see --allow-unsandboxed", None
+        confirmed, judging = self._through_gates(digest, champion, "confirmation", ["G7"])
+        detail = confirmed.verdicts[-1].detail or {}
+        if not confirmed.passed:
+            return "rejected", f"not confirmed: {detail.get('ratio', 0):.3f} times the champion", detail.get("ratio")
+        self.ledger.elect(judging, ratio=detail["ratio"], low=detail["low"], high=detail["high"])
+        self.first_failure = None
+        return "accepted", f"elected, {detail['ratio']:.3f} times the champion", detail["ratio"]
+
+    def _through_gates(
+        self, digest: str, against: Champion | None, purpose: str, gates: list[str] | None
+    ) -> tuple[Judgement, str]:
+        judging = self.ledger.begin_judging(self.key, digest, environment=self.environment, purpose=purpose)
+        judgement = self.judge.judge(
+            self.ledger.files.path(digest),
+            champion=None if against is None else self.ledger.files.path(against.digest),
+            gates=gates,
+            on_verdict=lambda verdict: self.ledger.add_verdict(judging, verdict),
+        )
+        self.ledger.add_samples(judging, judgement.samples)
+        self.ledger.end_judging(judging, passed=judgement.passed, sandboxed=judgement.sandboxed)
+        return judgement, judging
+
+    # The end.
+
+    def _outcome(self, ended: str) -> LoopOutcome:
+        champion = self.champion()
+        elections = self.ledger.query("SELECT count(*) AS n FROM elections WHERE target = ?", (self.key,))[0]["n"] - 1
+        return LoopOutcome(champion.digest, champion.gain, len(self._outcomes()), elections, ended)
+
+    def _verify(self, outcome: LoopOutcome) -> None:
+        """Every gate again on the champion, raced against the aligned engine: the gain in one run."""
+        baseline = Champion(self.baseline, "", 1.0)
+        judgement, _ = self._through_gates(outcome.champion, baseline, "verification", None)
+        outcome.verified = judgement.passed
+        race = next((v for v in judgement.verdicts if v.gate == "G7"), None)
+        if race is not None and race.detail:
+            outcome.gain = race.detail["ratio"]
+        outcome.verification = {
+            "passed": judgement.passed,
+            "speed": judgement.speed,
+            "verdicts": [verdict.as_dict() for verdict in judgement.verdicts],
+        }
+        words = "passed every gate again" if judgement.passed else f"FAILED {judgement.first_failure()}"
+        self.say(f"the champion {words}; {outcome.gain:.3f} times the aligned engine")
+
+    def _write(self, outcome: LoopOutcome) -> Path:
+        """The champion as a folder: the engine, its plan where it has one, and its provenance."""
+        row = self.ledger.candidate(outcome.champion, self.key)
+        golden = self.runs / self.target.name / "engine" / "golden.json"
+        folder = self.runs / self.target.name / "champion"
+        with new_folder(folder) as partial:
+            (partial / "engine.py").write_bytes(self.ledger.files.read(outcome.champion))
+            if "plan.toml" in row["files"]:
+                (partial / "plan.toml").write_bytes(self.ledger.files.read(row["files"]["plan.toml"]))
+            write_json(
+                partial / "provenance.json",
+                {
+                    "sha256": outcome.champion,
+                    "target": self.target.plain(),
+                    "environment": self.environment,
+                    "golden": read_json(golden, "align again") if golden.is_file() else None,
+                    "verdicts": outcome.verification.get("verdicts", []),
+                    "speed": {**outcome.verification.get("speed", {}), "ratio_to_aligned": outcome.gain},
+                    "lineage": [
+                        {key: line[key] for key in ("hash", "parent", "proposer", "message")}
+                        for line in self.ledger.lineage(outcome.champion)
+                    ],
+                },
+            )
+        return folder
+
+
+def plan_of(run: Path) -> Plan:
+    """The aligned engine's plan."""
+    return Plan.read(run / "engine" / "plan.toml")
