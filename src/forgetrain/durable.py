@@ -6,11 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from forgetrain.errors import UserError
 
@@ -62,14 +65,21 @@ def no_space_named(path: Path) -> Iterator[None]:
     """Turns the errors of a full disk while writing ``path`` into one line that names it."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in NO_SPACE:
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _system_error(error)
+        if number not in NO_SPACE:
             raise
         raise UserError(
-            f"cannot be written: {os.strerror(error.errno).lower()}",
+            f"cannot be written: {os.strerror(number).lower()}",
             file=path,
             remedy="free some space and run the command again; what was there before is untouched",
         ) from None
+
+
+def _system_error(error: SafetensorError) -> int | None:
+    """safetensors keeps the system's error number in its text alone."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return None if number is None else int(number.group(1))
 
 
 @contextmanager

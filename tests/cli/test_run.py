@@ -118,5 +118,6 @@ def test_interrupted_it_goes_on_where_it_was(tmp_path):
     assert process.wait(timeout=60) == 130, lines
     rest = process.stderr.read()
     assert "Traceback" not in rest
+    assert rest.rstrip().endswith("forgetrain: interrupted")
     assert (tmp_path / "runs" / "tiny" / "golden" / "manifest.json").is_file()
     assert not (tmp_path / "runs" / "tiny" / "engine").exists()

@@ -137,7 +137,9 @@ def _write_parquet(file: Path, columns: list[str], rows: list[dict[str, Any]]) -
         pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise UserError(
-            "Parquet needs pyarrow, which is not installed", file=file, remedy="pip install pyarrow, or export to .csv"
+            "Parquet needs pyarrow, which is not installed",
+            file=file,
+            remedy="run pip install pyarrow, or export to .csv",
         ) from None
     parquet.write_table(pyarrow.table({name: [row[name] for row in rows] for name in columns}), file)
 

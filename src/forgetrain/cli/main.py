@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
 
 import typer
 
@@ -48,8 +50,18 @@ app.command("export")(export.command)
 app.command("generate")(generate.command)
 
 
+class Interrupted(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt, which typer ends without a word."""
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted."""
+    if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app(standalone_mode=True)
     except UserError as error:
@@ -58,7 +70,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"{error.filename or 'the disk'}: no space left on the device. Free some space and run the command again")
-    except KeyboardInterrupt:
+    except Interrupted:
         print("forgetrain: interrupted", file=sys.stderr)
         sys.exit(130)
 

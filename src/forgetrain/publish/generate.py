@@ -88,7 +88,7 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError("transformers is not installed", remedy="pip install 'forgetrain[transformers]'") from None
+        raise UserError("transformers is not installed", remedy="run pip install 'forgetrain[transformers]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

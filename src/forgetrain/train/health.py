@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from forgetrain.durable import write_json
+from forgetrain.durable import no_space_named, write_json
 from forgetrain.engine.contract import Batch
 from forgetrain.errors import UserError
 from forgetrain.train.metrics import Measured
@@ -71,6 +71,7 @@ def save_evidence(folder: Path, measured: Measured, batch: Batch, tap: str | Non
     """The batch of a bad step as safetensors, and a report of its numbers and its first bad tap."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in batch._asdict().items()}
-    save_file(tensors, folder / "batch.safetensors")
+    with no_space_named(folder):
+        save_file(tensors, folder / "batch.safetensors")
     numbers = {key: str(value) for key, value in measured._asdict().items()}
     write_json(folder / "report.json", numbers | {"step": measured.step, "first_bad_tap": tap})

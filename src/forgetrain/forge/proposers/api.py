@@ -34,7 +34,7 @@ class Api:
         try:
             import openai
         except ImportError:
-            raise UserError("the openai SDK is not installed", remedy="pip install 'forgetrain[agents]'") from None
+            raise UserError("the openai SDK is not installed", remedy="run pip install 'forgetrain[agents]'") from None
         self._openai = openai
         try:
             self._client = openai.OpenAI(base_url=base_url, timeout=timeout, max_retries=4)
