@@ -70,18 +70,29 @@ class Contestant:
 
 
 def measure(args: argparse.Namespace) -> dict:
+    """Runs the rounds; what is known is written after each of them."""
     target = load_target(ROOT / "targets" / f"{args.target}.toml")
     engine = args.engine or ROOT / "engines" / args.target / "engine.py"
     names = ["engine", *(args.peers.split(",") if args.peers else [])]
     args.out.mkdir(parents=True, exist_ok=True)
     blocks: dict[str, list[dict]] = {name: [] for name in names}
-    facts: dict[str, dict] = {}
     held: dict[str, Contestant] = {}
 
     def contestant(name: str) -> Contestant:
         log = args.out / f"{Path(name).stem}.log"
         return held.get(name) or Contestant(name, target, engine, args.micro_batch, args.micro_batches, log)
 
+    result = {
+        "target": target.name,
+        "when": time.strftime("%Y-%m-%d", time.gmtime()),
+        "engine_sha256": source_hash(engine.read_text(encoding="utf-8")),
+        "micro_batch": args.micro_batch,
+        "micro_batches": args.micro_batches,
+        "sequence_length": target.recipe.sequence_length,
+        "order": "blocks alternate, reversed every round",
+        "apart": args.apart,
+    }
+    facts: dict[str, dict] = {}
     for number in range(args.rounds):
         for name in names if number % 2 == 0 else reversed(names):
             running = contestant(name)
@@ -91,24 +102,21 @@ def measure(args: argparse.Namespace) -> dict:
                 running.close()
             else:
                 held[name] = running
-    result = {
-        "target": target.name,
-        "when": time.strftime("%Y-%m-%d", time.gmtime()),
-        "micro_batch": args.micro_batch,
-        "micro_batches": args.micro_batches,
-        "sequence_length": target.recipe.sequence_length,
-        "order": "blocks alternate, reversed every round",
-        "apart": args.apart,
-        "engine_sha256": source_hash(engine.read_text(encoding="utf-8")),
-        "contestants": {name: {**facts[name], **summary(blocks[name], target, args)} for name in names},
-        "ratios": {name: ratio(blocks["engine"], blocks[name]) for name in names[1:]},
-    }
+        result["contestants"] = {name: {**facts[name], **summary(blocks[name], target, args)} for name in names}
+        result["ratios"] = {name: ratio(blocks["engine"], blocks[name]) for name in names[1:]}
+        write(result, args)
     if args.profile:
         held["engine"] = contestant("engine")
         result["profile"] = held["engine"].ask({"do": "profile"})
+        write(result, args)
     for running in held.values():
         running.close()
     return result
+
+
+def write(result: dict, args: argparse.Namespace) -> None:
+    name = f"{args.target}-{args.micro_batch}x{args.micro_batches}.json"
+    (args.out / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def summary(blocks: list[dict], target: Target, args: argparse.Namespace) -> dict:
@@ -159,8 +167,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for result.json and the logs")
     args = parser.parse_args()
     result = measure(args)
-    name = f"{args.target}-{args.micro_batch}x{args.micro_batches}.json"
-    (args.out / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for name, found in result["contestants"].items():
         low, high = found["step_ms_range"]
         print(

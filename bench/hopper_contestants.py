@@ -165,6 +165,7 @@ def liger_step(settings: dict) -> tuple[Step, Release]:
 
 
 CONTESTANTS = {"engine": engine_step, "megatron": megatron_step, "liger": liger_step}
+SETTLING = 2.5  # seconds of work after which an H200 has reached its power limit
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "liger-kernel")
 
 
@@ -182,10 +183,12 @@ def facts() -> dict[str, Any]:
 
 
 def block(step: Step, steps: int) -> dict[str, Any]:
-    """Two untimed steps, then ``steps`` timed ones, each awaited; milliseconds."""
-    step()
-    step()
-    watts, megahertz = torch.cuda.power_draw() / 1e3, torch.cuda.clock_rate()  # while the step runs
+    """Untimed steps until the GPU's clock has settled, then ``steps`` timed ones, each awaited; milliseconds."""
+    begin, watts, megahertz = time.perf_counter(), 0.0, 0
+    while time.perf_counter() - begin < SETTLING:
+        step()
+        watts, megahertz = torch.cuda.power_draw() / 1e3, torch.cuda.clock_rate()  # while the step runs
+        torch.cuda.synchronize()
     times, loss, norm = [], torch.zeros(()), torch.zeros(())
     torch.cuda.synchronize()
     for _ in range(steps):

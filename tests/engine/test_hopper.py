@@ -137,3 +137,9 @@ def test_a_cpu_without_the_interpreter_is_told_so(tmp_path, monkeypatch):
     for device, reason in (("cpu", "TRITON_INTERPRET"), ("cuda", "CUDA build")):
         with pytest.raises(ValueError, match=reason):
             module.build(target.plain(), device=device, precision="fp32", mesh=None)
+
+
+def test_a_plan_of_this_schedule_holds_its_own_choices_alone():
+    plan = PLAN.with_choice("rank_head_forward", "3").with_choice("attention_block", "64")
+    assert [key for key, _ in plan.items()] == ["schedule", *HOPPER]
+    assert not set(HOPPER) & {key for key, _ in Plan.textbook().items()}

@@ -105,9 +105,10 @@ class Plan:
         return hash(tuple(sorted(self._choices.items())))
 
     def items(self) -> list[tuple[str, str]]:
-        """Keys and choices; what only the hopper schedule decides is left out of other schedules' plans."""
+        """Keys and choices of this plan's schedule: the hopper schedule has its own, and none of the others'."""
         hopper = self._choices["schedule"] == "hopper"
-        return [(key, self._choices[key]) for key in _KEYS if hopper or key not in HOPPER]
+        keys = ("schedule", *HOPPER) if hopper else [key for key in _KEYS if key not in HOPPER]
+        return [(key, self._choices[key]) for key in keys]
 
     def with_choice(self, key: str, name: str) -> Plan:
         return Plan({**self._choices, key: name})

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 264  # two on each of an H200's multiprocessors: more rows in work would push each other out of L2
+# As many programs as an H200 holds at once: more rows in work would push each other out of L2 between the passes.
+PROGRAMS, LANES, WARPS = 264, 1024, 32
 
 
 @triton.jit
@@ -61,6 +62,6 @@ def cross_entropy_(logits: Tensor, labels: Tensor, mask: Tensor, denominator: Te
     loss = torch.empty(rows, dtype=torch.float32, device=logits.device)
     cross_entropy_kernel[(min(PROGRAMS, rows),)](
         logits, labels, mask, denominator, loss, rows,
-        V=vocab, LANES=1024, GRADIENT=gradient, num_warps=32,
+        V=vocab, LANES=LANES, GRADIENT=gradient, num_warps=WARPS,
     )  # fmt: skip
     return loss

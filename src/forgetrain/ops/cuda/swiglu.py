@@ -49,14 +49,14 @@ def swiglu_backward_kernel(
 def swiglu_forward(gate_up: Tensor) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     act = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    grid = (triton.cdiv(rows, 4), triton.cdiv(width, 512))
-    swiglu_kernel[grid](gate_up, act, rows, F=width, ROWS=4, COLS=512, num_warps=8)
+    grid = (rows, triton.cdiv(width, 1024))
+    swiglu_kernel[grid](gate_up, act, rows, F=width, ROWS=1, COLS=1024, num_warps=4)
     return act
 
 
 def swiglu_backward_(gate_up: Tensor, d_act: Tensor) -> Tensor:
     """Overwrites gate_up [T, 2F] with its gradient, and returns it."""
     rows, width = d_act.shape
-    grid = (triton.cdiv(rows, 4), triton.cdiv(width, 512))
-    swiglu_backward_kernel[grid](gate_up, d_act, rows, F=width, ROWS=4, COLS=512, num_warps=8)
+    grid = (rows, triton.cdiv(width, 1024))
+    swiglu_backward_kernel[grid](gate_up, d_act, rows, F=width, ROWS=1, COLS=1024, num_warps=4)
     return gate_up
