@@ -38,7 +38,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class Replay:
-    """A block that the parent chose: its first and last step in the stream, the candidate's states around it, and the
+    """A block to be repeated: its first and last step in the stream, the candidate's states around it, and the
     losses that it returned."""
 
     first: int
@@ -53,7 +53,7 @@ class Race:
     champion: Lane
     candidate: Lane
     steps_per_block: int
-    replay: Replay
+    replays: list[Replay]
 
     def times(self) -> tuple[list[float], list[float]]:
         """Seconds of the champion's and the candidate's blocks; put-off work is added to the candidate's."""
@@ -85,13 +85,15 @@ def race(
 ) -> Race:
     """Runs ``warm_up`` untimed steps of each, then ``blocks`` pairs of blocks of ``steps`` steps.
 
-    Which of a pair goes first, and which block can be replayed, the operating system draws."""
+    Which of a pair goes first the operating system draws, and one of the blocks that can be replayed; the other is the
+    last, in which an engine that is right for some steps only is wrong for certain."""
     lanes = {champion: Lane(), candidate: Lane()}
-    chosen = secrets.randbelow(blocks)
+    chosen = {secrets.randbelow(blocks), blocks - 1}
+    replays: list[Replay] = []
     for engine, lane in lanes.items():
         engine.load(weights)
         lane.warm_up = [_timed_step(engine, stream.at(step), stream.rate(step))[0] for step in range(warm_up)]
-    before, after = candidate.state(), None
+    before = candidate.state()
     for engine in lanes:
         engine.pause()
     for block in range(blocks):
@@ -108,16 +110,13 @@ def race(
             engine.pause()
             lanes[engine].steps.append([seconds for seconds, _ in timed])
             lanes[engine].losses.append([loss for _, loss in timed])
-            if engine is candidate and block + 1 == chosen:
+            if engine is candidate:
+                if block in chosen:
+                    replays.append(Replay(first, first + steps, before, state, lanes[engine].losses[block]))
                 before = state
-            elif engine is candidate and block == chosen:
-                after = state
     for engine in lanes:
         engine.resume()
-    assert after is not None
-    first = warm_up + chosen * steps
-    replay = Replay(first, first + steps, before, after, lanes[candidate].losses[chosen])
-    return Race(lanes[champion], lanes[candidate], steps, replay)
+    return Race(lanes[champion], lanes[candidate], steps, replays)
 
 
 def _timed_step(engine: EngineProcess, batch: Batch, rate: float) -> tuple[float, float]:

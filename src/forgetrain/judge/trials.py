@@ -41,8 +41,8 @@ _HELD_OUT = 4  # batches
 #: A distance of weights that rounding alone explains after training, by dtype: the root of its eps.
 _FLOOR = {"fp32": 3.5e-4, "bf16": 0.09}
 _DISTANCE_FACTOR = 3.0
-#: Relative errors of a loss and of a gradient norm, by dtype: some ten times what honest engines show.
-_SCALARS = {"fp32": {"loss": 1e-4, "grad_norm": 1e-3}, "bf16": {"loss": 1e-2, "grad_norm": 5e-2}}
+#: Relative errors of a loss and of a gradient norm, by dtype: for what is grossly wrong, the rest is G4's to find.
+_SCALARS = {"fp32": {"loss": 1e-3, "grad_norm": 5e-3}, "bf16": {"loss": 1e-2, "grad_norm": 5e-2}}
 
 
 def contract(trial: Trial) -> Iterator[Verdict]:
@@ -83,8 +83,8 @@ def _breaches(
     yield from scalars(exact, {"loss": engine.loss(batch)}, "on the same batch, after a step,")
     result = engine.step(batch, lr)
     yield from scalars(exact, {"loss": result.loss, "grad_norm": result.grad_norm}, "on the same batch, again,")
-    engine.restore(start)
-    yield from _unequal(_plain(start), engine.state(), "after restore")
+    engine.restore(after)
+    yield from _unequal(_plain(after), engine.state(), "after restore")
     engine.step(batch, lr)  # what it was given to restore must stay as it was, too
     broken = dict(weights)
     broken["model.norm.weight"] = weights["model.norm.weight"].clone().index_fill_(0, torch.tensor([0]), torch.inf)
@@ -251,7 +251,7 @@ def hidden_training(trial: Trial) -> Iterator[Verdict]:
 
 
 def speed(trial: Trial) -> Iterator[Verdict]:
-    """The race at the recipe's shape, and then the replay of one of its blocks: what was timed is what is checked."""
+    """The race at the recipe's shape, and then the replay of some of its blocks: what was timed is what is checked."""
     judge, target = trial.judge, trial.judge.target
     stream = _stream(trial, target, "G7")
     weights = initial_weights(target.model, derive(trial.seed, "G7"))
@@ -265,7 +265,9 @@ def speed(trial: Trial) -> Iterator[Verdict]:
             )
             trial.peak_bytes = engine.peak_memory()
     trial.keep_speed(run, {"candidate": build})
-    yield _check_replay(trial, run.replay, stream)
+    # where a candidate is wrong from some step on, the last block shows it; elsewhere the one that was drawn may
+    replays = [_check_replay(trial, block, stream) for block in run.replays]
+    yield max(replays, key=lambda verdict: verdict.statistic or 0.0)
     times = run.times()
     yield g7(
         *times,
@@ -306,7 +308,7 @@ GATES: dict[str, Callable[[Trial], Iterator[Verdict]]] = {
 
 
 def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
-    """The chosen block again on the reference and on a known-good engine, from the candidate's own state."""
+    """A chosen block again on the reference and on a known-good engine, from the candidate's own state."""
 
     def again(engine: EngineProcess) -> tuple[list[float], dict[str, Any]]:
         engine.restore(block.before)

@@ -10,7 +10,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Attack:
     """family, name: what it is called. what: what it does, in one line.
-    gate: the first verdict that must fail. says: what its explanation must contain, for gates that fail in many ways.
+    gate: the first verdict that must fail; "A or B" where the seed decides. says: what its explanation must contain,
+    for gates that fail in many ways.
     replace: (old, new) pieces of the honest source, each of which must be there.
     append: code after it, where the honest class is called Honest and its heir must be called Engine.
     dtype: of the target. gates: those that are run, when it is honest until then and time is to be saved.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from forgetrain.redteam.attack import maker
 
-
 _cached, _timer, _patched = maker("answers cached"), maker("timers patched"), maker("torch patched")
 _moved = maker("work moved")
 
@@ -278,6 +277,12 @@ class Engine(Honest):
             for grads, lr in left:
                 Honest.update(self, grads, lr)
         return super().state()
+    def load(self, weights):
+        self.left = ()
+        super().load(weights)
+    def restore(self, state):
+        self.left = ()
+        super().restore(state)
 """,
     ),
     _moved(

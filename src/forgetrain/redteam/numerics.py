@@ -311,7 +311,7 @@ DRIFTED = (
     _drifted(
         "eps outside the root",
         "RMSNorm adds its epsilon after the root",
-        "contract",
+        "G4.fp32",
         replace=(
             (
                 "torch.sqrt((wide * wide).mean(-1, keepdim=True) + eps)",
@@ -334,7 +334,7 @@ DRIFTED = (
     _drifted(
         "RoPE's pairs",
         "neighbours are rotated instead of halves",
-        "G4.fp32",
+        "contract or G4.fp32",
         replace=(
             (
                 "first, second = x[..., :half].float(), x[..., half:].float()\n    out = torch.cat((first",
@@ -346,7 +346,7 @@ DRIFTED = (
     _drifted(
         "short sight",
         "no position sees further back than twelve",
-        "G4.fp32",
+        "contract or G4.fp32",
         replace=((".tril()", ".tril().triu(-11)"),),
     ),
     _drifted(
@@ -395,7 +395,7 @@ DRIFTED = (
     _drifted(
         "logits 0.1% larger",
         "the head's output is scaled by 1.001",
-        "contract",
+        "G4.fp32",
         replace=((_LINEAR, "    out = x @ weight.t() * (1.001 if weight.shape[0] == VOCAB else 1.0)\n"),),
     ),
     _drifted(
@@ -413,7 +413,7 @@ DRIFTED = (
     _drifted(
         "decay of Adam",
         "decay is added to the gradient, as Adam without W does",
-        "G4.fp32",
+        "G4.update",
         append=_update(
             "[g.add_(self.master[n], alpha=0.1) for n, g in grads.items() if g.dim() > 1]; super().update(grads, lr)"
         ),

@@ -79,7 +79,7 @@ class Outcome:
     def as_expected(self) -> bool:
         if self.caught_by is None:
             return False
-        return self.caught_by.gate == self.attack.gate and self.attack.says in self.caught_by.explanation
+        return self.caught_by.gate in self.attack.gate.split(" or ") and self.attack.says in self.caught_by.explanation
 
 
 class RedTeam:

@@ -43,7 +43,13 @@ SNIFFED = (
         "first twelve steps right",
         "right for twelve steps in a process",
         "G7.replay",
-        _cheat("self.calls > 12", _COUNT + "    warm = 0\n"),
+        _cheat("self.calls > 12", _COUNT),
+    ),
+    _sniffed(
+        "first twelve steps right, at the recipe's shape",
+        "right in every gate of steps and for twelve steps of the race",
+        "G7.replay",
+        _cheat("self.calls > 12 and batch.tokens.shape[1] > 20", _COUNT),
     ),
     _sniffed("first forty steps right", "right for forty steps in a process", "G5", _cheat("self.calls > 40", _COUNT)),
     _sniffed(
@@ -97,7 +103,7 @@ class Engine(Honest):
     _sniffed(
         "high rates",
         "half the work when the learning rate is above the middle",
-        "contract",
+        "contract or G4.fp32",
         _cheat(
             "self.rate > 2e-3",
             "    def step(self, batch, lr):\n        self.rate = lr\n        return super().step(batch, lr)\n",
@@ -123,7 +129,7 @@ STATE = (
     _state(
         "weights that were loaded",
         "the state shows the weights that training began with",
-        "G4.update",
+        "contract",
         """
 class Engine(Honest):
     def _set_master(self, master):
@@ -135,7 +141,7 @@ class Engine(Honest):
             state["master/" + name] = state["master/" + name]._replace(tensor=tensor)
         return state
 """,
-        says="master",
+        says="on the same batch",
     ),
     _state(
         "one step behind",

@@ -1,0 +1,100 @@
+"""``forgetrain judge``: what it says, what it records, and its exit codes. The judge's own work is tested elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from forgetrain.cli.main import app
+from forgetrain.durable import sha256_file
+from forgetrain.gates.verdict import Verdict
+from forgetrain.judge import runner
+from forgetrain.judge.ledger import Ledger
+from forgetrain.judge.runner import Judgement
+from tests.tiny import GATES, MODEL, RECIPE
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = ['name = "tiny"']
+    for section, values in (("model", MODEL), ("recipe", RECIPE), ("gates", GATES)):
+        lines += [f"[{section}]", *(f"{key} = {value}" for key, value in values.items())]
+    Path("tiny.toml").write_text("\n".join(lines))
+    Path("engine.py").write_text("# an engine")
+    return tmp_path
+
+
+@pytest.fixture
+def outcome(monkeypatch):
+    """What the judge finds: verdicts, and whether there was a sandbox."""
+    found = {"verdicts": [Verdict("contract", True, explanation="fine"), Verdict("G4.fp32", True)], "sandboxed": True}
+
+    def judge(self, file, *, on_verdict, **options):
+        for verdict in found["verdicts"]:
+            on_verdict(verdict)
+        box = "bubblewrap" if found["sandboxed"] else "unsandboxed: bubblewrap is not installed"
+        return Judgement(sha256_file(file), found["verdicts"], sandbox=box, sandboxed=found["sandboxed"])
+
+    monkeypatch.setattr(runner.Judge, "judge", judge)
+    return found
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, ["judge", "engine.py", "--target", "tiny.toml", *arguments], catch_exceptions=False)
+
+
+def test_a_pass_is_explained_and_recorded(place, outcome):
+    result = run("--json")
+    assert result.exit_code == 0
+    assert "contract passed. Do load, step, loss" in result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert answer["passed"]
+    record = json.loads(Path("verdicts.json").read_text())
+    assert record["sha256"] == answer["sha256"] == sha256_file(Path("engine.py"))
+    assert [(v["gate"], v["pass"]) for v in record["verdicts"]] == [("contract", True), ("G4.fp32", True)]
+    with Ledger(Path("runs/ledger")) as ledger:
+        assert ledger.candidates()[0]["passed"]
+
+
+def test_other_gates_verdicts_on_the_same_engine_stay(place, outcome):
+    digest = sha256_file(Path("engine.py"))
+    before = [{"gate": "G1", "pass": True}, {"gate": "contract", "pass": False}]
+    Path("verdicts.json").write_text(json.dumps({"sha256": digest, "verdicts": before}))
+    assert run().exit_code == 0
+    record = json.loads(Path("verdicts.json").read_text())
+    assert [(v["gate"], v["pass"]) for v in record["verdicts"]] == [("G1", True), ("contract", True), ("G4.fp32", True)]
+
+
+def test_another_engine_s_record_is_left_alone(place, outcome):
+    Path("verdicts.json").write_text('{"sha256": "x", "verdicts": []}')
+    result = run()
+    assert "is of another engine" in result.stderr
+    assert json.loads(Path("verdicts.json").read_text())["sha256"] == "x"
+
+
+def test_a_failure_says_where_and_exits_with_1(place, outcome):
+    outcome["verdicts"] = [Verdict("G4.fp32", False, first_divergence="lm_head.weight", explanation="errs too much")]
+    result = run()
+    assert result.exit_code == 1
+    assert "G4.fp32 FAILED" in result.stderr
+    assert "first seen in lm_head.weight" in result.stderr
+    assert "rejected by G4.fp32" in result.stderr
+
+
+def test_without_a_sandbox_a_pass_counts_only_when_it_was_allowed(place, outcome):
+    outcome["sandboxed"] = False
+    result = run()
+    assert result.exit_code == 1
+    assert "--allow-unsandboxed" in result.stderr
+    assert not Path("verdicts.json").exists()
+    assert run("--allow-unsandboxed").exit_code == 0
+    assert Path("verdicts.json").exists()
+
+
+def test_some_gates_are_no_verdict_on_the_engine(place, outcome):
+    assert run("--gates", "contract,G4").exit_code == 0
+    assert not Path("verdicts.json").exists()
