@@ -1,0 +1,54 @@
+"""``forgetrain forge`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from forgetrain.judge.ledger import Ledger
+from tests.cli.test_run import write_target
+
+
+def forge(folder, *arguments, code=0):
+    command = [sys.executable, "-m", "forgetrain", "forge", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+def test_the_catalogue_forges_a_tiny_target_and_a_second_call_goes_on(tmp_path):
+    target = write_target(tmp_path, "transformers")
+    quick = ("--set", "gates.g5_steps=20", "--set", "search.attempts=1")
+    first = forge(tmp_path, target, *quick, "--json")
+    outcome = json.loads(first.stdout.splitlines()[-1])
+    assert outcome["attempts"] == 1
+    assert "attempt 1, catalogue: production schedule" in first.stderr
+    with Ledger(tmp_path / "runs" / "ledger") as ledger:
+        row = ledger.query("SELECT * FROM attempts WHERE proposer = 'catalogue'")[0]
+        gates = [verdict["gate"] for verdict in ledger.verdicts(row["candidate"])]
+    # right it must be; whether it is faster at this size is the machine's business
+    assert {"contract", "G4.update", "G4.fp32"} <= set(gates)
+    assert row["reason"].startswith(("elected", "rejected by G7", "not confirmed"))
+    again = forge(tmp_path, target, *quick, "--json")
+    assert "1 attempts are made" in again.stderr
+
+
+@pytest.mark.slow
+def test_an_agent_that_changes_nothing_is_a_failed_attempt(tmp_path):
+    target = write_target(tmp_path, "transformers")
+    done = forge(tmp_path, target, "--agent", "true", "--set", "search.attempts=2", "--json")
+    assert done.stderr.count("the agent changed nothing") == 2
+    assert json.loads(done.stdout.splitlines()[-1])["elections"] == 0
+
+
+def test_bad_options_are_refused_in_one_line(tmp_path):
+    target = write_target(tmp_path, "transformers")
+    both = forge(tmp_path, target, "--agent", "true", "--api", "model", code=2)
+    assert both.stderr.startswith("forgetrain: --agent, --api: cannot go together")
+    alone = forge(tmp_path, target, "--base-url", "http://localhost", code=2)
+    assert "is for --api" in alone.stderr
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,191 @@
+"""The loop, with a judge whose answers the tests decide: what is elected, what is kept, and what a kill leaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from forgetrain.durable import read_json, sha256_file, write_json
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import write_engine
+from forgetrain.errors import UserError
+from forgetrain.forge.optimise import Loop
+from forgetrain.forge.proposers.base import NoProposal, Proposal
+from forgetrain.forge.proposers.catalogue import Catalogue
+from forgetrain.gates.verdict import Verdict
+from forgetrain.judge.ledger import Ledger
+from forgetrain.judge.runner import Judgement
+from tests.tiny import tiny_target
+
+
+@dataclass
+class Verdicts:
+    """A judge: an engine with ``bad`` in its source fails G4; ``speed = X`` in it is its speed."""
+
+    device: str = "cpu"
+    sandboxed: bool = True
+    seconds: float = 0.0
+    seen: list[str] = field(default_factory=list)
+
+    def judge(self, file, *, champion=None, gates=None, on_verdict, **_):
+        time.sleep(self.seconds)
+        source = Path(file).read_text()
+        self.seen.append(source)
+        ratio = speed(source) / (speed(Path(champion).read_text()) if champion else 1.0)
+        detail = {"ratio": ratio, "low": ratio, "high": ratio}
+        verdicts = [Verdict("G7", ratio > 1.01, ratio, 1.01, ratio - 1.01, detail=detail, sandboxed=self.sandboxed)]
+        if gates is None:
+            verdicts.insert(0, Verdict("G4", "bad" not in source, explanation="secret", sandboxed=self.sandboxed))
+        done = []
+        for verdict in verdicts:
+            done.append(verdict)
+            on_verdict(verdict)
+            if not verdict.passed:
+                break
+        return Judgement(sha256_file(Path(file)), done, sandboxed=self.sandboxed)
+
+
+def speed(source):
+    return next((float(line[8:]) for line in source.splitlines() if line.startswith("speed = ")), 1.0)
+
+
+@dataclass
+class Script:
+    """A proposer that answers with these sources, one after the other."""
+
+    sources: list[str]
+    name: str = "script"
+    briefs: list = field(default_factory=list)
+
+    def propose(self, brief):
+        self.briefs.append(brief)
+        if not self.sources:
+            return NoProposal("nothing more", exhausted=True)
+        source = self.sources.pop(0)
+        return Proposal(source, f"tries {source.strip()}") if source else NoProposal("changed nothing")
+
+
+def prepared(runs, **search):
+    target = tiny_target(search={"minutes": 5, **search})
+    folder = runs / target.name / "engine"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "engine.py").write_text(write_engine(target, Plan.textbook()))
+    verdicts = [Verdict(gate, True).as_dict() for gate in ("G1", "G2", "G3")]
+    write_json(folder / "verdicts.json", {"sha256": sha256_file(folder / "engine.py"), "verdicts": verdicts})
+    return target
+
+
+def loop(target, runs, proposer, judge=None, **options):
+    ledger = Ledger(runs / "ledger")
+    catalogue = Catalogue(target, Plan.textbook())
+    return Loop(target, runs, ledger, judge or Verdicts(), proposer, catalogue, **options)
+
+
+def test_what_is_faster_and_right_is_elected_and_written_with_its_provenance(tmp_path):
+    target = prepared(tmp_path)
+    script = Script(["speed = 1.2\n", "speed = 1.1\n", "bad\nspeed = 9\n", "speed = 1.5\n"])
+    lines = []
+    outcome = loop(target, tmp_path, script, say=lines.append).run()
+    assert (outcome.elections, outcome.attempts, outcome.ended) == (2, 5, "nothing more")
+    assert outcome.gain == pytest.approx(1.5)
+    assert (outcome.folder / "engine.py").read_text() == "speed = 1.5\n"
+    provenance = read_json(outcome.folder / "provenance.json", "")
+    assert provenance["sha256"] == sha256_file(outcome.folder / "engine.py") == outcome.champion
+    assert [line["message"] for line in provenance["lineage"]] == [
+        "tries speed = 1.5",
+        "tries speed = 1.2",
+        "equals the reference",
+    ]
+    assert [line.split(": ")[2].partition(" (")[0] for line in lines[:4]] == [
+        "elected, 1.200 times the champion",
+        "rejected by G7, 0.917 times the champion",
+        "rejected by G4",
+        "elected, 1.250 times the champion",
+    ]
+
+
+def test_of_a_hidden_gate_a_brief_tells_pass_or_fail_alone(tmp_path):
+    target = prepared(tmp_path)
+    script = Script(["bad\n", "speed = 1.0\n"])
+    loop(target, tmp_path, script).run()
+    assert "secret" not in script.briefs[1].markdown()
+    assert script.briefs[1].first_failure == "G4 failed"
+    assert "G7" in script.briefs[2].first_failure
+
+
+def test_a_strangers_engine_that_no_sandbox_held_is_not_elected(tmp_path):
+    target = prepared(tmp_path)
+    judge = Verdicts(sandboxed=False)
+    assert loop(target, tmp_path, Script(["speed = 2\n"]), judge).run().elections == 0
+    again = Script(["speed = 3\n"])
+    assert loop(target, tmp_path, again, judge, allow_unsandboxed=True).run().elections == 1
+
+
+def test_budgets_survive_and_nothing_is_judged_twice(tmp_path):
+    target = prepared(tmp_path, attempts=2)
+    judge = Verdicts()
+    first = loop(target, tmp_path, Script(["bad 1\n", "bad 2\n", "bad 3\n"]), judge).run()
+    assert first.ended == "2 attempts are made"
+    assert loop(target, tmp_path, Script(["bad 4\n"]), judge).run().attempts == 2
+    larger = prepared(tmp_path, attempts=4)
+    outcome = loop(larger, tmp_path, Script(["bad 1\n", "bad 5\n"]), judge).run()
+    assert outcome.attempts == 4
+    assert judge.seen.count("bad 1\n") == 1
+
+
+def test_twenty_failures_stop_it_and_after_ten_the_catalogue_is_asked(tmp_path):
+    target = prepared(tmp_path)
+    script = Script([f"bad {number}\n" for number in range(40)])
+    outcome = loop(target, tmp_path, script).run()
+    assert outcome.ended.startswith("stuck")
+    assert len(script.briefs) == 10
+    assert outcome.attempts == 20
+    assert any("ended the same way" in note for note in script.briefs[3].notes)
+
+
+def test_two_loops_on_one_target_are_one_too_many(tmp_path):
+    target = prepared(tmp_path)
+    first, second = loop(target, tmp_path, Script([])), loop(target, tmp_path, Script([]))
+    with first.ledger.claim(target.name), pytest.raises(UserError, match="another loop"):
+        second.run()
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.forge.test_optimise import Script, Verdicts, loop, prepared
+runs = Path(sys.argv[1])
+sources = [f"speed = {1 + number / 10}\\n" for number in range(1, 30)]
+loop(prepared(runs), runs, Script(sources), Verdicts(seconds=0.02), say=lambda line: print(line, flush=True)).run()
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_nothing_is_lost_or_counted_twice(tmp_path):
+    target = prepared(tmp_path)
+    for number in range(6):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()  # past the imports
+        time.sleep(0.13 * number)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        with Ledger(tmp_path / "ledger") as ledger:
+            elected = ledger.query("SELECT candidate FROM elections ORDER BY number")
+            assert len({row["candidate"] for row in elected}) == len(elected)
+            for row in elected:
+                assert ledger.files.read(row["candidate"])
+    outcome = loop(target, tmp_path, Script([])).run()
+    with Ledger(tmp_path / "ledger") as ledger:
+        open_ends = ledger.query("SELECT * FROM attempts WHERE outcome IS NULL")
+        assert open_ends == []
+        accepted = ledger.query("SELECT count(*) AS n FROM attempts WHERE outcome = 'accepted'")[0]["n"]
+    # an attempt that was cut off between its election and its end is one that counts as interrupted
+    assert outcome.elections - 6 <= accepted <= outcome.elections
+    assert os.path.isdir(outcome.folder)
