@@ -177,6 +177,8 @@ class Loop:
             return f"{self.target.search.minutes:g} minutes are spent"
         if budget.attempts <= 0:
             return f"{self.target.search.attempts} attempts are made"
+        if self.target.search.dollars > 0 and budget.dollars <= 0:
+            return f"{self.target.search.dollars:g} dollars are spent"
         history = self._outcomes()
         step = rung([row["reason"] if row["outcome"] != "accepted" else ELECTED for row in history])
         if step.stop:
