@@ -52,3 +52,12 @@ def test_bad_options_are_refused_in_one_line(tmp_path):
     alone = forge(tmp_path, target, "--base-url", "http://localhost", code=2)
     assert "is for --api" in alone.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_that_cannot_be_submitted_is_refused_before_anything_runs(tmp_path):
+    target = write_target(tmp_path, "transformers")
+    command = [sys.executable, "-m", "forgetrain", "submit", "none.py", "--target", str(target)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("forgetrain: none.py: cannot be read")
+    assert not (tmp_path / "runs").exists()

@@ -150,6 +150,16 @@ def test_twenty_failures_stop_it_and_after_ten_the_catalogue_is_asked(tmp_path):
     assert any("ended the same way" in note for note in script.briefs[3].notes)
 
 
+def test_what_is_submitted_goes_the_same_way(tmp_path):
+    target = prepared(tmp_path, attempts=1)
+    assert loop(target, tmp_path, Script([])).submit(Proposal("bad\n", "mine")).ended == "rejected by G4"
+    outcome = loop(target, tmp_path, Script([])).submit(Proposal("speed = 2\n", "mine"))
+    assert outcome.ended == "elected, 2.000 times the champion"
+    assert (outcome.folder / "engine.py").read_text() == "speed = 2\n"
+    again = loop(target, tmp_path, Script([])).submit(Proposal("speed = 2\n", "mine"))
+    assert again.ended == "was judged before"
+
+
 def test_two_loops_on_one_target_are_one_too_many(tmp_path):
     target = prepared(tmp_path)
     first, second = loop(target, tmp_path, Script([])), loop(target, tmp_path, Script([]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +15,9 @@ from forgetrain.cli.run import Shown
 from forgetrain.errors import UserError
 
 if TYPE_CHECKING:
+    from forgetrain.forge.optimise import Loop
     from forgetrain.forge.proposers.base import Proposer
+    from forgetrain.spec.target import Target
 
 
 def command(
@@ -41,12 +46,8 @@ def command(
     if api is None and (base_url is not None or prices != (0.0, 0.0)):
         raise UserError("is for --api", key="--base-url, --prices", remedy="add --api MODEL")
     # these load torch, the references' adapters and the judge, which other commands do without
-    from forgetrain.forge.optimise import Loop, plan_of
     from forgetrain.forge.proposers.agent import Agent
     from forgetrain.forge.proposers.api import Api
-    from forgetrain.forge.proposers.catalogue import Catalogue
-    from forgetrain.judge.ledger import Ledger
-    from forgetrain.judge.runner import Effort, Judge
     from forgetrain.pipeline import prepare
 
     target = read_target(target_file, overrides)
@@ -55,22 +56,7 @@ def command(
     if not prepared.passed:
         emit(prepared.as_dict(), as_json)
         raise typer.Exit(1)
-    run = runs / target.name
-    catalogue = Catalogue(target, plan_of(run), seed=target.recipe.seed)
-    with (
-        Ledger(runs / "ledger") as ledger,
-        Judge(target, data=run / "data", roofline_seconds=roofline_seconds(target), effort=Effort(keep=True)) as judge,
-    ):
-        loop = Loop(
-            target,
-            runs,
-            ledger,
-            judge,
-            proposer or catalogue,
-            catalogue,
-            say=_say,
-            allow_unsandboxed=allow_unsandboxed,
-        )
+    with open_loop(target, runs, proposer, allow_unsandboxed) as loop:
         outcome = loop.run()
     _say(f"{outcome.ended}. {outcome.attempts} attempts, {outcome.elections} elected")
     if outcome.folder is not None:
@@ -78,6 +64,56 @@ def command(
     emit(outcome.as_dict(), as_json)
     if outcome.verified is False:
         raise typer.Exit(1)
+
+
+def submit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An engine file.")],
+    target_file: Annotated[Path, typer.Option("--target", metavar="TARGET", help="The target that it is for.")],
+    message: Annotated[str, typer.Option(help="What it changes, and why that should be faster.")] = "submitted",
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Elect it where no sandbox held it.")
+    ] = False,
+    overrides: Overrides = None,
+    runs: RunsFolder = DEFAULT_RUNS,
+    as_json: Json = False,
+) -> None:
+    """Bring an engine of your own: judged as any candidate, and elected if it is right and faster."""
+    from forgetrain.forge.proposers.base import Proposal
+    from forgetrain.pipeline import prepare
+
+    target = read_target(target_file, overrides)
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot be read: {error}", file=file, remedy="name an engine's .py file") from None
+    prepared = prepare(target, runs, Shown(console, stages=3))
+    if not prepared.passed:
+        emit(prepared.as_dict(), as_json)
+        raise typer.Exit(1)
+    with open_loop(target, runs, None, allow_unsandboxed) as loop:
+        outcome = loop.submit(Proposal(source, message))
+    emit(outcome.as_dict(), as_json)
+    if not outcome.ended.startswith("elected"):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def open_loop(target: Target, runs: Path, proposer: Proposer | None, allow_unsandboxed: bool) -> Iterator[Loop]:
+    """The loop on a prepared run; without a proposer the catalogue writes."""
+    from forgetrain.forge.optimise import Loop, plan_of
+    from forgetrain.forge.proposers.catalogue import Catalogue
+    from forgetrain.judge.ledger import Ledger
+    from forgetrain.judge.runner import Effort, Judge
+
+    run = runs / target.name
+    catalogue = Catalogue(target, plan_of(run), seed=target.recipe.seed)
+    floor = roofline_seconds(target)
+    with (
+        Ledger(runs / "ledger") as ledger,
+        Judge(target, data=run / "data", roofline_seconds=floor, effort=Effort(keep=True)) as judge,
+    ):
+        writer = proposer or catalogue
+        yield Loop(target, runs, ledger, judge, writer, catalogue, say=_say, allow_unsandboxed=allow_unsandboxed)
 
 
 def _say(line: str) -> None:

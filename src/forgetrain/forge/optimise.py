@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,6 @@ from forgetrain.numerics.determinism import fingerprint
 from forgetrain.spec.target import Target
 from forgetrain.train.verified import find_verdicts
 
-#: Attempts after which the champion is judged again from a clean copy, against the aligned engine.
-VERIFY_EVERY = 10
 #: Attempts that a brief tells of.
 TOLD = 8
 #: Of hidden gates a proposer sees pass or fail alone.
@@ -92,7 +91,6 @@ class Loop:
         self.key = ledger.add_target(target)
         self.environment = fingerprint(device=judge.device, threads=target.hardware.threads)
         self.first_failure: str | None = None
-        self._since_verified = 0
 
     def run(self) -> LoopOutcome:
         """Until the budget is spent, the proposer has nothing more, or the ladder says stop.
@@ -100,10 +98,7 @@ class Loop:
         Raises:
             UserError: another loop works on this target, or the reference failed.
         """
-        with self.ledger.claim(self.target.name):
-            for id in self.ledger.end_interrupted(self.key):
-                self.say(f"attempt {id[:8]} had been cut off; it counts")
-            self._adopt_aligned()
+        with self._claimed():
             self._remember()
             ended = None
             while ended is None:
@@ -113,6 +108,31 @@ class Loop:
                 self._verify(outcome)
                 outcome.folder = self._write(outcome)
         return outcome
+
+    def submit(self, proposal: Proposal, name: str = "submit") -> LoopOutcome:
+        """One candidate that a person or an agent brings, through the same gates; it counts as an attempt, but no
+        budget refuses it. ``ended`` says what became of it.
+
+        Raises:
+            UserError: a loop works on this target, or the reference failed.
+        """
+        with self._claimed():
+            id, began = self.ledger.begin_attempt(self.key, proposer=name), time.monotonic()
+            elected, reason = self._conclude(id, began, proposal, self.champion(), name)
+            outcome = self._outcome(reason)
+            if elected == "accepted":
+                self._verify(outcome)
+                outcome.folder = self._write(outcome)
+        return outcome
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """The target, for this loop alone, with its first champion."""
+        with self.ledger.claim(self.target.name):
+            for id in self.ledger.end_interrupted(self.key):
+                self.say(f"attempt {id[:8]} had been cut off; it counts")
+            self._adopt_aligned()
+            yield
 
     # What the ledger knows.
 
@@ -194,13 +214,19 @@ class Loop:
             self.ledger.end_attempt(id, "failed", reason=answer.reason, seconds=time.monotonic() - began)
             self.say(f"attempt {len(history) + 1}, {proposer.name}: nothing: {answer.reason}")
             return answer.reason if answer.exhausted else None
-        outcome, reason, ratio = self._judge(id, answer, parent, champion, proposer)
-        self.ledger.end_attempt(id, outcome, reason=reason, seconds=time.monotonic() - began)
-        self.catalogue.tell(answer.source, None if ratio is None else ratio * champion.gain)
-        seconds = time.monotonic() - began
-        self.say(f"attempt {len(history) + 1}, {proposer.name}: {answer.message}: {reason} ({seconds:.0f} s)")
-        self._since_verified += 1
+        self._conclude(id, began, answer, parent, proposer.name)
         return None
+
+    def _conclude(self, id: str, began: float, proposal: Proposal, parent: Champion, name: str) -> tuple[str, str]:
+        """Judges what was proposed and ends the attempt; returns its outcome and why."""
+        champion = self.champion()
+        outcome, reason, ratio = self._judge(id, proposal, parent, champion, name)
+        seconds = time.monotonic() - began
+        self.ledger.end_attempt(id, outcome, reason=reason, seconds=seconds)
+        self.catalogue.tell(proposal.source, None if ratio is None else ratio * champion.gain)
+        number = len(self._outcomes())
+        self.say(f"attempt {number}, {name}: {proposal.message}: {reason} ({seconds:.0f} s)")
+        return outcome, reason
 
     def _other_parent(self, champion: Champion) -> Champion:
         """The champion before this one."""
@@ -226,7 +252,7 @@ class Loop:
         )
 
     def _judge(
-        self, id: str, proposal: Proposal, parent: Champion, champion: Champion, proposer: Proposer
+        self, id: str, proposal: Proposal, parent: Champion, champion: Champion, name: str
     ) -> tuple[str, str, float | None]:
         """(outcome, reason, ratio): through the gates, then a fresh confirmation that decides the election."""
         known = {row["hash"] for row in self.ledger.query("SELECT hash FROM candidates WHERE target = ?", (self.key,))}
@@ -234,7 +260,7 @@ class Loop:
         digest = self.ledger.add_candidate(
             self.key,
             proposal.source.encode(),
-            proposer=proposer.name,
+            proposer=name,
             message=proposal.message,
             parent=parent.digest,
             diff="".join(lines),
@@ -252,7 +278,7 @@ class Loop:
             ratio = failed.detail.get("ratio") if failed.gate == "G7" and failed.detail else None
             words = f", {ratio:.3f} times the champion" if ratio else ""
             return "rejected", f"rejected by {failed.gate}{words}", ratio
-        trusted = proposer is self.catalogue
+        trusted = name == self.catalogue.name
         if not (judgement.sandboxed or trusted or self.allow_unsandboxed):
             return "rejected", "unsandboxed, so not elected; see --allow-unsandboxed", None
         confirmed, judging = self._through_gates(digest, champion, "confirmation", ["G7"])
