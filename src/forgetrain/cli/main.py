@@ -20,6 +20,7 @@ from forgetrain.cli import (
     generate,
     judge,
     ledger,
+    mcp,
     redteam,
     run,
     target,
@@ -41,6 +42,7 @@ app.command("collect")(collect.command)
 app.command("align")(align.command)
 app.command("forge")(forge.command)
 app.command("submit")(forge.submit)
+app.command("mcp")(mcp.command)
 app.add_typer(engine.app, name="engine")
 app.add_typer(data.app, name="data")
 app.command("judge")(judge.command)

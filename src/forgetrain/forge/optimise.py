@@ -200,7 +200,7 @@ class Loop:
         if self.target.search.dollars > 0 and budget.dollars <= 0:
             return f"{self.target.search.dollars:g} dollars are spent"
         history = self._outcomes()
-        step = rung([row["reason"] if row["outcome"] != "accepted" else ELECTED for row in history])
+        step = rung([_how(row) for row in history])
         if step.stop:
             return f"stuck: {len(history)} attempts, none elected since long; last: {history[-1]['reason']}"
         proposer = self.catalogue if step.catalogue else self.proposer
@@ -235,6 +235,13 @@ class Loop:
             (self.key, champion.digest),
         )
         return Champion(rows[0]["candidate"], self._source(rows[0]["candidate"]), 1.0) if rows else champion
+
+    def brief(self) -> Brief:
+        """What a proposer would be told now."""
+        with self._claimed():
+            history = self._outcomes()
+            notes = rung([_how(row) for row in history]).notes
+            return self._brief(self.champion(), self._budget(), history, notes)
 
     def _brief(self, parent: Champion, budget: Budget, history: list[dict[str, Any]], notes: tuple[str, ...]) -> Brief:
         told = [
@@ -351,6 +358,10 @@ class Loop:
                 },
             )
         return folder
+
+
+def _how(attempt: dict[str, Any]) -> str:
+    return ELECTED if attempt["outcome"] == "accepted" else attempt["reason"]
 
 
 def plan_of(run: Path) -> Plan:
