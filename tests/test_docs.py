@@ -12,6 +12,8 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from forgetrain.cli.main import app
+from forgetrain.engine.plan import SCHEDULE, STRUCTURE
+from forgetrain.ops.table import OPS
 from forgetrain.spec.target import Target
 
 ROOT = Path(__file__).parent.parent
@@ -113,3 +115,11 @@ def test_nothing_speaks_of_a_machine_of_ours():
         text = page.read_text(encoding="utf-8")
         assert "/work/" not in text
         assert "/tmp/" not in text
+
+
+def test_the_tables_of_ops_and_variants_are_the_codes():
+    page = (ROOT / "docs" / "ops-and-variants.md").read_text(encoding="utf-8")
+    rows = [(op, name, variant.note) for op, table in OPS.items() for name, variant in table.items()]
+    assert re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*) \|$", page, flags=re.M)[: len(rows)] == rows
+    for key, (options, why) in {**STRUCTURE, **SCHEDULE}.items():
+        assert f"| `{key}` | {', '.join(f'`{option}`' for option in options)} | {why} |" in page
