@@ -90,7 +90,7 @@ def test_a_candidate_that_breaks_fails_its_gate_and_the_judge_goes_on(tmp_path):
         assert failed.gate == "contract"
         assert failed.explanation.startswith("after load exp_avg/")
         broken = tmp_path / "broken.py"
-        broken.write_text("this is not Python")
+        broken.write_text("def (")
         failed = judge.judge(broken).first_failure()
     assert failed is not None
     assert (failed.gate, failed.detail["failure"]) == ("contract", "raised")
