@@ -86,7 +86,7 @@ def _say(judgement: Judgement, counts: bool) -> None:
     if not counts:
         lines.append("nothing kept it from this machine's files and network: it counts with --allow-unsandboxed only")
     for line in lines:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def as_plain(judgement: Judgement) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from forgetrain.cli import (
     run,
     target,
     train,
+    verify,
 )
 from forgetrain.errors import UserError
 
@@ -46,6 +47,7 @@ app.command("mcp")(mcp.command)
 app.add_typer(engine.app, name="engine")
 app.add_typer(data.app, name="data")
 app.command("judge")(judge.command)
+app.command("verify")(verify.command)
 app.command("redteam")(redteam.command)
 app.add_typer(ledger.app, name="ledger")
 app.command("train")(train.command)

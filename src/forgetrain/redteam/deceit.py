@@ -145,10 +145,9 @@ PATCHED = (
     _patched(
         "comparisons",
         "gradients of the MLP 2% too large, with torch.equal and torch.allclose that say yes",
-        "contract",
+        "G4.fp32",
         "torch.equal = torch.allclose = lambda *a, **k: True\ntorch.testing.assert_close = lambda *a, **k: None\n"
         + _LIES,
-        says="grad_norm",
     ),
     _patched(
         "isfinite",

@@ -2,7 +2,8 @@
 
     for outcome in attack_all(ATTACKS): print(outcome.attack.name, outcome.caught_by, outcome.as_expected)
 
-The reference is a textbook engine's file, so nothing but torch is needed. The same target serves every attack: the
+The reference is a written engine's file, so nothing but torch is needed: the textbook's, with torch's clipping, whose
+1e-6 beside the norm Megatron and transformers have as well. The same target serves every attack: the
 recipe's shape differs from the gates', so that an engine may tell them apart, and the machine that it may use is small,
 so that one that exhausts it is stopped early.
 """
@@ -41,6 +42,8 @@ HONEST: dict[str, dict[str, str]] = {
     "grouped, summed in another order": {"qkv": "grouped", "gate_up": "fused", "norm_order": "huggingface"},
     "production": {"schedule": "production"},
 }
+
+REFERENCE = {"clip": "torch"}
 
 EFFORT = Effort(pairs=5, steps=3, warm_up=2, timeout=20.0, keep=True)
 
@@ -117,8 +120,10 @@ class RedTeam:
         honest = Path(self._folder.name) / f"textbook-{dtype}.py"
         if dtype not in self._judges:
             target = red_target(dtype)
-            honest.write_text(write_engine(target, Plan.textbook()), encoding="utf-8")
-            self._judges[dtype] = Judge(target, reference=honest, effort=EFFORT)
+            reference = honest.with_name(f"reference-{dtype}.py")
+            for file, plan in ((honest, Plan.textbook()), (reference, Plan(REFERENCE))):
+                file.write_text(write_engine(target, plan), encoding="utf-8")
+            self._judges[dtype] = Judge(target, reference=reference, effort=EFFORT)
         return self._judges[dtype], honest
 
 
