@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from forgetrain.cli.main import app
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
+from forgetrain.errors import UserError
+from forgetrain.judge import sandbox
 from forgetrain.redteam.attack import Attack
 from forgetrain.redteam.run import ATTACKS, FAMILIES, HONEST, Outcome, RedTeam, red_target
 
@@ -112,3 +114,9 @@ def test_the_command_prints_every_engine_and_fails_when_one_slips_through(monkey
     result = CliRunner().invoke(app, ["redteam", "--json"])
     assert result.exit_code == 1
     assert not json.loads(result.stdout.splitlines()[-1])["passed"]
+
+
+def test_without_a_sandbox_nothing_hostile_is_run(monkeypatch):
+    monkeypatch.setattr(sandbox, "_working_bubblewrap", lambda device: ((), "bubblewrap is not installed"))
+    with RedTeam() as team, pytest.raises(UserError, match="in the sandbox only"):
+        team.attack(ATTACKS[0])

@@ -18,8 +18,10 @@ from pathlib import Path
 
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
+from forgetrain.errors import UserError
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.runner import KNOWN_GOOD, Effort, Judge
+from forgetrain.judge.sandbox import sandbox
 from forgetrain.redteam import deceit, escape, numerics, situation
 from forgetrain.redteam.attack import Attack
 from forgetrain.spec.target import Target, parse_target
@@ -86,7 +88,9 @@ class Outcome:
 
 
 class RedTeam:
-    """A judge for each dtype, and the honest engine that attacks are made from."""
+    """A judge for each dtype, and the honest engine that attacks are made from.
+
+    Raises UserError where bubblewrap does not work: some attacks would do to this machine what they mean to do."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="forgetrain-redteam-")
@@ -120,6 +124,9 @@ class RedTeam:
         honest = Path(self._folder.name) / f"textbook-{dtype}.py"
         if dtype not in self._judges:
             target = red_target(dtype)
+            box = sandbox(honest, target)
+            if not box.sandboxed:
+                raise UserError(f"the red team runs in the sandbox only, {box.description}", remedy="see docs/judge.md")
             reference = honest.with_name(f"reference-{dtype}.py")
             for file, plan in ((honest, Plan.textbook()), (reference, Plan(REFERENCE))):
                 file.write_text(write_engine(target, plan), encoding="utf-8")
