@@ -252,3 +252,11 @@ def test_it_dies_with_its_parent(tmp_path):
         time.sleep(0.2)
         parent.kill()
     assert gone(pid)
+
+
+@pytest.mark.parametrize("says", ["", "DETERMINISTIC = False\n"])
+def test_an_engine_that_is_not_deterministic_says_so_and_is_not_asked_to_be(tmp_path, says):
+    path = toy(tmp_path, build=f"assert torch.are_deterministic_algorithms_enabled() is {not says}")
+    path.write_text(path.read_text() + says)
+    with EngineProcess(path, TARGET) as engine:
+        assert engine.deterministic is not bool(says)

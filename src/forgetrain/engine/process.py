@@ -270,7 +270,9 @@ class EngineProcess:
             "timeout": timeout,
         }
         self._send("build", fields, [[]] * self.ranks, deadline)
-        self._answers(deadline, admit.nothing)
+        answers = self._answers(deadline, admit.nothing)
+        #: Whether the engine says that it repeats itself bit for bit, as every engine does that does not say otherwise.
+        self.deterministic = all(answer.fields.get("deterministic", True) for answer in answers)
 
     def _ask(self, kind: str, fields: dict, tensors: list[list[tuple[str, Tensor]]], check: Callable) -> list[Message]:
         deadline = time.monotonic() + self.timeout

@@ -107,8 +107,11 @@ class Server:
             mesh = self._make_mesh(fields["device"], fields["timeout"])
         path = Path(self.module)
         module = load_file(path, "engine") if path.suffix == ".py" else importlib.import_module(self.module)
+        deterministic = bool(getattr(module, "DETERMINISTIC", True))
+        if not deterministic:  # an engine that cannot be says so, and is held to a band of its own
+            torch.use_deterministic_algorithms(False)
         self.engine = module.build(fields["target"], device=self.device, precision=fields["precision"], mesh=mesh)
-        return ("done",)
+        return "done", {"deterministic": deterministic}
 
     def _make_mesh(self, device: str, timeout: float) -> Any:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one host; a sandbox has no other interface

@@ -13,7 +13,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forgetrain.engine.plan import Plan
@@ -48,6 +48,8 @@ HONEST: dict[str, dict[str, str]] = {
 REFERENCE = {"clip": "torch"}
 
 EFFORT = Effort(pairs=5, steps=3, warm_up=2, timeout=20.0, keep=True)
+#: Seconds for an answer of an honest engine, which may have regions to compile.
+COMPILING = 300.0
 
 
 def red_target(dtype: str) -> Target:
@@ -117,8 +119,11 @@ class RedTeam:
         judge, _ = self._judge(dtype)
         path = Path(self._folder.name) / "honest.py"
         path.write_text(write_engine(red_target(dtype), Plan(HONEST[plan])), encoding="utf-8")
+        judge.effort = replace(EFFORT, timeout=COMPILING)
         began = time.monotonic()
-        return judge.judge(path).first_failure(), time.monotonic() - began
+        failed = judge.judge(path).first_failure()
+        judge.effort = EFFORT
+        return failed, time.monotonic() - began
 
     def _judge(self, dtype: str) -> tuple[Judge, Path]:
         honest = Path(self._folder.name) / f"textbook-{dtype}.py"
