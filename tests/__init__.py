@@ -1,3 +1,3 @@
-from forgetrain.numerics.waiting import sleep_while_waiting
+from forgetrain.numerics.waiting import wait_briefly
 
-sleep_while_waiting()  # here, since this is imported before any test imports torch
+wait_briefly()  # here, since this is imported before any test imports torch
