@@ -1,18 +1,23 @@
 """The hopper schedule against the float64 oracle: in fp32 under Triton's interpreter, on a GPU in both dtypes."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from forgetrain.engine.contract import Batch
 from forgetrain.engine.plan import HOPPER, Plan
-from forgetrain.engine.write import load_engine, write_engine
+from forgetrain.engine.write import load_engine, source_hash, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import oracle_step
+from forgetrain.spec.target import load_target
 from tests.tiny import random_batch, tiny_target
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install forgetrain[gpu]")
 
+ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAN = Plan({"schedule": "hopper"})
 ARCHITECTURES = ["minicpm5", "tied", "mha", "minicpm4"]
@@ -143,3 +148,13 @@ def test_a_plan_of_this_schedule_holds_its_own_choices_alone():
     plan = PLAN.with_choice("rank_head_forward", "3").with_choice("attention_block", "64")
     assert [key for key, _ in plan.items()] == ["schedule", *HOPPER]
     assert not set(HOPPER) & {key for key, _ in Plan.textbook().items()}
+
+
+@pytest.mark.parametrize("name", ["minicpm5-1b-h200", "minicpm4-0.5b-h200"])
+def test_an_engine_that_ships_is_the_one_that_was_measured(name):
+    folder = ROOT / "engines" / name
+    provenance = json.loads((folder / "provenance.json").read_text())
+    measured = json.loads((folder / "measurements" / "against-megatron-8x4.json").read_text())
+    assert source_hash((folder / "engine.py").read_text()) == provenance["sha256"] == measured["engine_sha256"]
+    assert provenance["target"]["model"] == load_target(ROOT / "targets" / f"{name}.toml").plain()["model"]
+    assert Plan.read(folder / "plan.toml")["schedule"] == "hopper"
