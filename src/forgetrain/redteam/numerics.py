@@ -58,14 +58,13 @@ SKIPPED = (
     _skipped(
         "last token",
         "the last position of each row gives no gradient",
-        "contract",
+        "contract or G4.fp32",
         replace=(
             (
                 "        d_nll = micro.mask * (1.0 / micro.denominator)\n",
                 "        d_nll = micro.mask * (1.0 / micro.denominator)\n        d_nll[:, -1] = 0\n",
             ),
         ),
-        says="grad_norm",
     ),
     _skipped(
         "mask",
@@ -82,9 +81,8 @@ SKIPPED = (
     _skipped(
         "mask of a micro-batch",
         "every micro-batch is averaged over its own mask",
-        "contract",
+        "contract or G4.fp32",
         replace=((_MICRO, _MICRO + "            micro = micro._replace(denominator=micro.mask.sum() * 2)\n"),),
-        says="loss",
     ),
     _skipped(
         "one head",
@@ -113,11 +111,10 @@ SKIPPED = (
     _skipped(
         "a layer forward",
         "the second layer is left out in evaluation and training",
-        "contract",
+        "contract or G4.fp32",
         replace=(
             ("        for i in range(LAYERS):\n            x, kept", "        for i in [0]:\n            x, kept"),
         ),
-        says="loss",
     ),
     _skipped(
         "norm weights",
@@ -342,7 +339,9 @@ DRIFTED = (
             ),
         ),
     ),
-    _drifted("causal leak", "every position sees the next one", "contract", replace=((".tril()", ".tril(1)"),)),
+    _drifted(
+        "causal leak", "every position sees the next one", "contract or G4.fp32", replace=((".tril()", ".tril(1)"),)
+    ),
     _drifted(
         "short sight",
         "no position sees further back than twelve",
@@ -352,7 +351,7 @@ DRIFTED = (
     _drifted(
         "norm order",
         "the gain is applied before the norm",
-        "contract",
+        "contract or G4.fp32",
         replace=(
             ("    wide = x.float()\n    inverse", "    wide = x.float() * weight.float()\n    inverse"),
             ("(wide * inverse * weight.float()).to", "(wide * inverse).to"),
@@ -361,7 +360,7 @@ DRIFTED = (
     _drifted(
         "another activation",
         "tanh's form of GELU instead of SiLU",
-        "contract",
+        "contract or G4.fp32",
         replace=(
             (
                 "(wide * torch.sigmoid(wide) * up.float())",

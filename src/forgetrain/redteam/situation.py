@@ -167,7 +167,7 @@ class Engine(Honest):
     _state(
         "moments made up",
         "the first moments shown are those of a gradient twice as large",
-        "G4.update",
+        "contract",
         """
 class Engine(Honest):
     def state(self):
