@@ -23,7 +23,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def check(
     forward: Callable, backward: Callable, formula: Callable, inputs: list[Tensor], dtype: torch.dtype, grads: int
 ) -> None:
-    """``forward(*inputs) -> (out, saved)``; ``backward(saved, d_out)`` gives gradients of the first ``grads`` inputs."""
+    """``forward(*inputs) -> (out, saved)``; ``backward(saved, d_out)``: gradients of the first ``grads`` inputs."""
     low = [x.to(dtype) for x in inputs]
     leaves = [x.double().requires_grad_() for x in low]
     expected = formula(*leaves)

@@ -41,7 +41,7 @@ def command(
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("starting", total=1.0)
 
             def report(stage: str, share: float) -> None:

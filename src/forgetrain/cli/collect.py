@@ -19,7 +19,7 @@ def command(
     folder = runs / target.name / "golden"
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("starting", total=1.0)
             record = collect(
                 target, folder, lambda stage, done: progress.update(task, description=stage, completed=done)

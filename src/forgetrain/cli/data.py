@@ -30,7 +30,7 @@ def build(
         *(TextColumn("{task.description}"), BarColumn()),
         *(TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("data", total=None)
 
         def report(what: str, done: int, total: int) -> None:

@@ -60,13 +60,15 @@ class Shown:
         self._number += 1
         self._line(f"[bold]{self._number}/{self._stages} {name}[/bold]  {STAGES[name]}")
         columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-        progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console, transient=True)
-        if self.console.is_terminal:
-            progress.start()
-        try:
+        with Progress(
+            *columns,
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        ) as progress:
             yield _Bar(progress, progress.add_task("", total=1.0))
-        finally:
-            progress.stop()
 
     def say(self, line: str) -> None:
         self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -57,7 +57,7 @@ def attention_blocked_backward(
                 p, d_block = next(blocks), d_out[row, group, start:end].view(rows, d)
                 d_v[row, group, :end] += torch.mm(p.t(), d_block)
                 d_p = torch.mm(d_block, v[row, group, :end].t())
-                d_scores = torch._softmax_backward_data(d_p, p, -1, p.dtype)
+                d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
                 torch.mm(d_scores, k[row, group, :end], out=d_q[row, group, start:end].view(rows, d))
                 d_k[row, group, :end] += torch.mm(d_scores.t(), q[row, group, start:end].view(rows, d))
     return d_q, d_k.to(q.dtype), d_v.to(q.dtype)
