@@ -67,10 +67,12 @@ def explain(verdict: Verdict) -> None:
     from forgetrain.judge.words import QUESTIONS
 
     answer = "passed" if verdict.passed else "FAILED"
-    console.print(f"{verdict.gate} {answer}. {QUESTIONS.get(verdict.gate, '')}", markup=False, highlight=False)
-    console.print(f"    {verdict.explanation}", markup=False, highlight=False)
+    console.print(
+        f"{verdict.gate} {answer}. {QUESTIONS.get(verdict.gate, '')}", markup=False, highlight=False, soft_wrap=True
+    )
+    console.print(f"    {verdict.explanation}", markup=False, highlight=False, soft_wrap=True)
     if not verdict.passed and verdict.first_divergence:
-        console.print(f"    first seen in {verdict.first_divergence}", markup=False, highlight=False)
+        console.print(f"    first seen in {verdict.first_divergence}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _say(judgement: Judgement, counts: bool) -> None:
@@ -109,7 +111,7 @@ def record(file: Path, judgement: Judgement) -> Path | None:
     if path.is_file():
         before = read_json(path, "move it away")
         if before.get("sha256") != judgement.candidate:
-            console.print(f"not recorded: {path} is of another engine", markup=False, highlight=False)
+            console.print(f"not recorded: {path} is of another engine", markup=False, highlight=False, soft_wrap=True)
             return None
         verdicts = {verdict["gate"]: verdict for verdict in before.get("verdicts", [])} | verdicts
     write_json(path, {"sha256": judgement.candidate, "verdicts": list(verdicts.values())})
@@ -142,5 +144,5 @@ def roofline_seconds(target: Target) -> float:
     try:
         return roofline(target).bound
     except UserError as error:
-        console.print(f"no roofline: {error}", markup=False, highlight=False)
+        console.print(f"no roofline: {error}", markup=False, highlight=False, soft_wrap=True)
         return 0.0

@@ -13,7 +13,7 @@ QUESTIONS = {
     "G4": "Is it as near to the float64 oracle as the reference is?",
     "G5": "Trained from the same weights on the same data, does it lose what the reference loses?",
     "G6": "With a hidden seed, does it generalise as the reference does, and repeat itself?",
-    "G7.replay": "Is a block of the timed run, which the judge chose, what the reference computes?",
+    "G7.replay": "Are the blocks of the timed run that the judge repeats what the reference computes?",
     "G7": "Is it faster than the champion by more than the noise, and slower than the hardware allows?",
     "G8": "Does its memory stay within the budget?",
 }
