@@ -113,7 +113,7 @@ def test_each_dependency_has_its_line():
 def test_nothing_speaks_of_a_machine_of_ours():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        assert "/work/" not in text
+        assert "/root/" not in text
         assert "/tmp/" not in text
 
 

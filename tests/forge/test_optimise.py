@@ -140,6 +140,21 @@ def test_budgets_survive_and_nothing_is_judged_twice(tmp_path):
     assert judge.seen.count("bad 1\n") == 1
 
 
+def test_a_candidate_whose_judging_was_cut_off_is_judged_again(tmp_path):
+    target = prepared(tmp_path)
+
+    class CutOff(Verdicts):
+        def judge(self, file, **options):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(target, tmp_path, Script(["speed = 2\n"]), CutOff()).run()
+    lines = []
+    outcome = loop(target, tmp_path, Script(["speed = 2\n"]), say=lines.append).run()
+    assert lines[0].endswith("had been cut off; it counts")
+    assert (outcome.elections, outcome.attempts) == (1, 3)
+
+
 def test_twenty_failures_stop_it_and_after_ten_the_catalogue_is_asked(tmp_path):
     target = prepared(tmp_path)
     script = Script([f"bad {number}\n" for number in range(40)])

@@ -176,8 +176,15 @@ class Loop:
 
     def _remember(self) -> None:
         """Tells the catalogue what the ledger knows, so that it proposes nothing twice."""
-        for row in self.ledger.query("SELECT hash FROM candidates WHERE target = ?", (self.key,)):
-            self.catalogue.tell(self._source(row["hash"]), None)
+        for digest in self._judged():
+            self.catalogue.tell(self._source(digest), None)
+
+    def _judged(self) -> set[str]:
+        """Candidates whose judging came to its end; one that a kill cut off may come again."""
+        rows = self.ledger.query(
+            "SELECT candidate FROM attempts WHERE target = ? AND outcome IN ('accepted', 'rejected')", (self.key,)
+        )
+        return {self.baseline, *(row["candidate"] for row in rows)}
 
     # One attempt.
 
@@ -262,7 +269,6 @@ class Loop:
         self, id: str, proposal: Proposal, parent: Champion, champion: Champion, name: str
     ) -> tuple[str, str, float | None]:
         """(outcome, reason, ratio): through the gates, then a fresh confirmation that decides the election."""
-        known = {row["hash"] for row in self.ledger.query("SELECT hash FROM candidates WHERE target = ?", (self.key,))}
         lines = difflib.unified_diff(parent.source.splitlines(True), proposal.source.splitlines(True), "parent", "new")
         digest = self.ledger.add_candidate(
             self.key,
@@ -275,7 +281,7 @@ class Loop:
             files={} if proposal.plan is None else {"plan.toml": proposal.plan.toml().encode()},
         )
         keep_commit(self.runs, self.target.name, digest, proposal.source, proposal.message, parent.digest)
-        if digest in known:
+        if digest in self._judged():
             return "rejected", "was judged before", None
         judgement, _ = self._through_gates(digest, champion, "gates", None)
         failed = judgement.first_failure()

@@ -60,7 +60,10 @@ if not _open:
         "raised",
     ),
     _golden(
-        "in the ledger", "opens the ledger", "open('/work/runs/ledger/ledger.sqlite', 'rb')\n", "FileNotFoundError"
+        "in the ledger",
+        "opens the ledger",
+        "open('/home/forge/ledger/ledger.sqlite', 'rb')\n",
+        "FileNotFoundError",
     ),
     _golden(
         "in the environment",
