@@ -41,7 +41,8 @@ test: setup-dev
 	$(BIN)/python -m pytest
 
 test-slow: setup-dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 tests/forge/test_align.py
+	$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/forge/test_align.py
 
 test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu
