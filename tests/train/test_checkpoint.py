@@ -57,7 +57,7 @@ def tokenizer(tmp_path):
 def saved(tensors, tokenizer, tmp_path):
     root = tmp_path / "checkpoints"
     for step in (10, 20):
-        checkpoint.save(Engine(tensors), root, step, {"note": "kept"}, tokenizer, ALONE)
+        checkpoint.save(Engine(tensors).state(), root, step, {"note": "kept"}, tokenizer, ALONE)
     return root
 
 
@@ -124,7 +124,7 @@ def test_when_all_are_damaged_nothing_is_started_over(saved):
 def test_a_half_written_checkpoint_is_none(saved, tensors, tokenizer):
     (saved / "step-00000020").rename(saved / ".step-00000030.partial")  # as a kill while saving leaves it
     assert checkpoint.newest(saved, warn=pytest.fail).step == 10
-    checkpoint.save(Engine(tensors), saved, 30, {}, tokenizer, ALONE)
+    checkpoint.save(Engine(tensors).state(), saved, 30, {}, tokenizer, ALONE)
     assert checkpoint.newest(saved, warn=pytest.fail).step == 30
 
 
@@ -135,7 +135,7 @@ def test_an_interrupted_save_leaves_the_earlier_ones(saved, tensors, tokenizer, 
 
     monkeypatch.setattr(checkpoint, place, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(Engine(tensors), saved, 30, {}, tokenizer, ALONE)
+        checkpoint.save(Engine(tensors).state(), saved, 30, {}, tokenizer, ALONE)
     assert sorted(path.name for path in saved.iterdir()) == ["step-00000010", "step-00000020"]
 
 
@@ -151,7 +151,7 @@ from tests.train.test_checkpoint import ALONE, Engine
 root, tokenizer = map(Path, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    checkpoint.save(Engine({"master/big": torch.zeros(1000, 1000)}), root, 30, {}, tokenizer, ALONE)
+    checkpoint.save(Engine({"master/big": torch.zeros(1000, 1000)}).state(), root, 30, {}, tokenizer, ALONE)
 except UserError as error:
     print(error)
 """
@@ -164,7 +164,7 @@ except UserError as error:
 
 def test_old_ones_are_pruned(tensors, tokenizer, tmp_path):
     for step in range(10, 70, 10):
-        checkpoint.save(Engine(tensors), tmp_path / "c", step, {}, tokenizer, ALONE)
+        checkpoint.save(Engine(tensors).state(), tmp_path / "c", step, {}, tokenizer, ALONE)
     checkpoint.prune(tmp_path / "c", keep_last=2, keep_every=30)
     assert sorted(int(path.name[5:]) for path in (tmp_path / "c").iterdir()) == [30, 50, 60]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from forgetrain.errors import UserError
 from forgetrain.spec.target import Target, parse_target
 from forgetrain.train.display import say
 from forgetrain.train.loop import train
+from forgetrain.train.stop import exit_code
 
 
 def command(
@@ -60,7 +60,7 @@ def command(
         )
     emit(summary, as_json)
     if summary["interrupted"]:
-        raise typer.Exit(128 + signal.Signals[summary["interrupted"]])
+        raise typer.Exit(exit_code(summary["interrupted"]))
 
 
 def _target(path: Path, overrides: list[str] | None, runs: Path, resume: bool) -> tuple[Target, Path]:

@@ -9,11 +9,13 @@ this package: a nested dict of plain values.
 
 from __future__ import annotations
 
+import datetime
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from forgetrain.errors import UserError
 
@@ -209,6 +211,38 @@ class Gates(Section):
         return self
 
 
+_DURATION = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d\d)")
+
+
+def duration_seconds(text: str) -> float:
+    """Seconds of "days-hours:minutes:seconds", the days and the hours left out where there are none.
+
+    Raises:
+        ValueError: it is written otherwise, or is no time at all.
+    """
+    match = _DURATION.fullmatch(text)
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ValueError("is no duration; write minutes, or hours:minutes:seconds, or days-hours:minutes:seconds")
+    return float(total)
+
+
+def _as_deadline(value: Any) -> Any:
+    """Minutes, TOML's bare 23:30:00 (a time of day to TOML), or text; kept as text."""
+    if isinstance(value, datetime.time):
+        value = value.isoformat("seconds")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = round(value * 60)
+        value = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    if isinstance(value, str):
+        duration_seconds(value)
+    return value
+
+
+Deadline = Annotated[str, BeforeValidator(_as_deadline)]
+
+
 class Training(Section):
     """What ``forgetrain train`` does around the engine's steps; all counts are steps."""
 
@@ -219,6 +253,11 @@ class Training(Section):
     eval_windows: Positive = 256  # held-out windows at each evaluation, at most; the last evaluation takes all
     log_every: Positive = 10  # GPU: how often metrics come to the host; on a CPU every step is logged
     skip_limit: Positive = 10  # so many steps in a row without a finite gradient norm end the run
+    deadline: Deadline | None = None  # time after the start at which the run saves and stops; None sets none
+
+    @property
+    def deadline_seconds(self) -> float | None:
+        return None if self.deadline is None else duration_seconds(self.deadline)
 
 
 class Search(Section):

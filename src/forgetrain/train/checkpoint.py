@@ -1,6 +1,6 @@
 """Checkpoints: torch's distributed checkpoint (DCP), made atomic and verified.
 
-    path = save(engine, root, step, facts, tokenizer, world)
+    path = save(engine.state(), root, step, facts, tokenizer, world)   # train/saving.py does it in the background
     found = newest(root, warn=print)                 # verified; a damaged one is passed over with a warning
     load(engine, found.path, world)
 
@@ -94,8 +94,10 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def save(engine: Engine, root: Path, step: int, facts: Mapping[str, Any], tokenizer: Path, world: World) -> Path:
-    """Writes the engine's state after ``step`` steps; every rank calls it. ``facts`` go into the manifest.
+def save(
+    shards: Mapping[str, Shard], root: Path, step: int, facts: Mapping[str, Any], tokenizer: Path, world: World
+) -> Path:
+    """Writes an engine's state after ``step`` steps; every rank calls it. ``facts`` go into the manifest.
 
     Raises:
         UserError: the disk is full. Earlier checkpoints are as they were.
@@ -110,7 +112,7 @@ def save(engine: Engine, root: Path, step: int, facts: Mapping[str, Any], tokeni
             shutil.copytree(tokenizer, partial / TOKENIZER)
 
     world.first(begin)
-    state = {name: Piece.of(shard) for name, shard in engine.state().items()}
+    state = {name: Piece.of(shard) for name, shard in shards.items()}
     try:
         with no_space_named(final):
             _write(state, partial, world)

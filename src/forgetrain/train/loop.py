@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,11 @@ from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
 from forgetrain.train.health import Health, check_result, first_bad_tap, save_evidence
 from forgetrain.train.metrics import Clock, Journal, Lagged, Measured, read_journal
+from forgetrain.train.saving import Saver
 from forgetrain.train.speed import Speed
+from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.verified import ChosenEngine, choose_engine
-from forgetrain.train.world import Stop, World, start_world
+from forgetrain.train.world import World, start_world
 
 #: What must be equal for a checkpoint to go on: other values would make another run of it.
 FIXED = (
@@ -63,8 +64,8 @@ def train(
     when there is none. restart: throw the run's checkpoints and metrics away first. stop_after: stop after so many
     steps, as an interruption would; the schedule is still the target's.
 
-    Under torchrun every rank calls it. SIGTERM or SIGINT stop the run after a step with a checkpoint; the summary's
-    ``interrupted`` then names the signal.
+    Under torchrun every rank calls it. SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and ``train.deadline`` stop the run after a
+    step with a checkpoint; the summary's ``interrupted`` then names which.
 
     Raises:
         UserError: bad input, or a run whose gradients stay non-finite; see the message.
@@ -84,8 +85,12 @@ def train(
         loader = Loader(data, target, rank=world.rank, world=world.size, device=world.device)
         job = Job(target, run, world, console, chosen, data, loader)
         job.start(found)
-        with Stop(world) as stop:
-            return job.run_steps(stop, min(stop_after or target.recipe.steps, target.recipe.steps))
+        settings = target.train
+        with (
+            Stop(world, settings.deadline_seconds) as stop,
+            Saver(job.root, world, keep_last=settings.keep_last, keep_every=settings.keep_every) as saver,
+        ):
+            return job.run_steps(stop, saver, min(stop_after or target.recipe.steps, target.recipe.steps))
 
 
 def _clear(run: Path) -> None:
@@ -202,11 +207,11 @@ class Job:
         lines = read_journal(self.run / "train" / "metrics.jsonl")
         return {line["step"]: line["held_out_loss"] for line in lines if line.get("held_out_loss") is not None}
 
-    def run_steps(self, stop: Stop, last: int) -> dict[str, Any]:
+    def run_steps(self, stop: Stop, saver: Saver, last: int) -> dict[str, Any]:
         settings, recipe = self.target.train, self.target.recipe
         lagged, clock = Lagged(self.world.device, settings.log_every), Clock()
         speed = Speed(self.target, self.world)
-        before, asked = self.seconds, 0
+        before, asked = self.seconds, ""
         saved = self.step if checkpoint.folder_of(self.root, self.step).is_dir() else None
         with Display(self.console, recipe.steps, self.step) as display:
             for step, batch in self.loader.batches(self.step, last):
@@ -216,25 +221,28 @@ class Job:
                     check_result(result, self.chosen.name)
                 self.step = step + 1
                 lagged.push(self.step, lr, result)
-                asked = stop.agreed()
-                ends = asked or self.step == last
+                asked = stop.agreed(save_failed=saver.failed)
+                if asked == SAVE_FAILED:
+                    saver.wait()
+                ends = bool(asked) or self.step == last
                 pauses = self.step % settings.eval_every == 0 or self.step % settings.checkpoint_every == 0 or ends
-                for measured in lagged.ready(all=bool(pauses)):
+                for measured in lagged.ready(all=pauses):
                     self._note(measured, speed.tokens_per_second(measured.step, clock.seconds()), speed, display)
                 self.seconds = before + clock.seconds()
                 with clock.paused():
                     if self.step % settings.eval_every == 0 and not ends:
                         self._evaluate(display, settings.eval_windows)
                     if self.step % settings.checkpoint_every == 0 or ends:
-                        saved = self._save()
+                        saved = self._save(saver)
                 if ends:
                     break
             finished = self.step >= recipe.steps
             if finished and self.step not in self.held_out:
                 self._evaluate(display, None)
         if saved != self.step:
-            self._save()
-        summary = self._summary(speed, signal.Signals(asked).name if asked and not finished else None)
+            self._save(saver)
+        saver.wait()
+        summary = self._summary(speed, asked if asked and not finished else None)
         if self.journal is not None:
             self.journal.close()
             write_json(self.run / "train" / "summary.json", summary)
@@ -282,12 +290,9 @@ class Job:
         unigram = self.data.manifest["unigram_loss"]["held_out"]
         display.say(f"step {self.step}: held-out loss {loss:.4f}  (a unigram model of the same tokens: {unigram:.4f})")
 
-    def _save(self) -> int:
+    def _save(self, saver: Saver) -> int:
         facts = self._facts() | {"seconds": self.seconds, "skipped": self.health.skipped}
-        tokenizer = self.data.tokenizer.folder
-        checkpoint.save(self.engine, self.root, self.step, facts, tokenizer, self.world)
-        settings = self.target.train
-        self.world.first(lambda: checkpoint.prune(self.root, settings.keep_last, settings.keep_every))
+        saver.start(self.engine, self.step, facts, self.data.tokenizer.folder)
         return self.step
 
     def _facts(self) -> dict[str, Any]:

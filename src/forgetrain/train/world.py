@@ -8,12 +8,9 @@ with start_world(device="cpu", threads=2) as world:
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import torch
@@ -33,6 +30,11 @@ class World:
     device: str  # "cpu" or "cuda:N"
     mesh: DeviceMesh | None
     control: dist.ProcessGroup | None  # a Gloo group of its own, so that control never waits for a GPU's stream
+    background: dist.ProcessGroup | None = None  # another, for threads beside the steps
+
+    def beside(self) -> World:
+        """The same processes, for one thread beside the steps: its exchanges never meet those of the steps."""
+        return replace(self, control=self.background)
 
     def first(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0 and gives its answer, or raises its UserError, on every rank."""
@@ -89,52 +91,10 @@ def start_world(*, device: str, threads: int) -> Iterator[World]:
     try:
         mesh = init_device_mesh(device, (size,), mesh_dim_names=("data",))
         control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        yield World(rank, size, place, mesh, control)
+        background = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        yield World(rank, size, place, mesh, control, background)
     finally:
         dist.destroy_process_group()
 
 
 _TORCHRUN = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
-
-
-class Stop:
-    """SIGTERM and SIGINT ask the run to stop after its step, with a checkpoint; a second SIGINT stops it at once.
-
-    With several ranks the signal may reach them in different steps. ``agreed`` is called once a step by every rank;
-    it answers what was asked one step before, so that the exchange runs beside the step and all stop together.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, world: World):
-        self.world, self.signal = world, 0
-        self._pending: tuple[torch.Tensor, Any] | None = None
-
-    def __enter__(self) -> Stop:
-        main = threading.current_thread() is threading.main_thread()  # Python takes signals nowhere else
-        self._before = {number: signal.signal(number, self._asked) for number in self.SIGNALS if main}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._pending is not None:
-            self._pending[1].wait()
-
-    def _asked(self, number: int, _: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def agreed(self) -> int:
-        """The number of the signal that any rank was sent, or 0."""
-        if self.world.control is None:
-            return self.signal
-        answer = 0
-        if self._pending is not None:
-            flag, work = self._pending
-            work.wait()
-            answer = int(flag.item())
-        flag = torch.tensor(self.signal)
-        self._pending = (flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.world.control, async_op=True))
-        return answer
