@@ -1,7 +1,6 @@
 import io
 import json
 import math
-import signal
 
 import pytest
 import torch
@@ -118,16 +117,6 @@ def test_training_without_data_names_the_command(tmp_path):
     (data.folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="Run forgetrain data build TARGET first"):
         run(target, tmp_path)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops_after_the_step(tmp_path, number):
-    target, _ = built(tmp_path)
-    engine = toy(tmp_path, step=f"if self.steps == 3: os.kill(os.getpid(), {int(number)})")
-    summary = run(target, tmp_path, engine=str(engine), unverified=True)
-    assert (summary["steps"], summary["interrupted"]) == (3, number.name)
-    assert checkpoint.newest(tmp_path / target.name / "checkpoints", warn=pytest.fail).step == 3
-    assert signal.getsignal(number) is not None
 
 
 def test_a_second_ctrl_c_stops_at_once_and_keeps_what_was_saved(tmp_path):
