@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -53,10 +53,12 @@ class Stop:
         self._before = {number: signal.signal(number, self._asked) for number in SIGNALS if main}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self._pending is not None:
+        if self._pending is not None and kind is None:  # after an error the others may never answer
             self._pending[1].wait()
 
     def _asked(self, number: int, _: FrameType | None) -> None:

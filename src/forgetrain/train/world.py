@@ -16,9 +16,11 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
+from forgetrain.train.peers import Peers
 
 T = TypeVar("T")
 
@@ -68,7 +70,10 @@ class World:
 def start_world(*, device: str, threads: int) -> Iterator[World]:
     """Makes the process group that torchrun asks for by RANK and WORLD_SIZE, and takes it down again.
 
-    ``device`` is "cpu" or "cuda". Raises UserError when there is no GPU, or fewer than ranks on this host.
+    ``device`` is "cpu" or "cuda". When another rank dies, this process ends within seconds (``peers``).
+
+    Raises:
+        UserError: there is no GPU, or fewer than ranks on this host.
     """
     size, rank, local = (int(os.environ.get(key, default)) for key, default in _TORCHRUN)
     if device == "cuda":
@@ -87,12 +92,15 @@ def start_world(*, device: str, threads: int) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, place, None, None)
         return
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    store, rank, size = next(iter(rendezvous("env://")))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
-        mesh = init_device_mesh(device, (size,), mesh_dim_names=("data",))
-        control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        background = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        yield World(rank, size, place, mesh, control, background)
+        with Peers(store, rank, size):
+            mesh = init_device_mesh(device, (size,), mesh_dim_names=("data",))
+            control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            background = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            yield World(rank, size, place, mesh, control, background)
+            dist.barrier(control)  # rank 0 may hold the store, so it leaves with the last
     finally:
         dist.destroy_process_group()
 
