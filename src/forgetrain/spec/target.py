@@ -253,6 +253,7 @@ class Training(Section):
     eval_windows: Positive = 256  # held-out windows at each evaluation, at most; the last evaluation takes all
     log_every: Positive = 10  # GPU: how often metrics come to the host; on a CPU every step is logged
     skip_limit: Positive = 10  # so many steps in a row without a finite gradient norm end the run
+    recheck_every: Annotated[int, Field(ge=0)] = 0  # these steps are taken twice and compared bit for bit; 0: none
     deadline: Deadline | None = None  # time after the start at which the run saves and stops; None sets none
 
     @property

@@ -67,11 +67,10 @@ def first_bad_tap(engine: Any, batch: Batch) -> str | None:
     return bad
 
 
-def save_evidence(folder: Path, measured: Measured, batch: Batch, tap: str | None) -> None:
-    """The batch of a bad step as safetensors, and a report of its numbers and its first bad tap."""
+def save_evidence(folder: Path, batch: Batch, report: dict[str, Any]) -> None:
+    """The batch of a bad step as safetensors, and a report about it; numbers that JSON does not know as text."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in batch._asdict().items()}
     with no_space_named(folder):
         save_file(tensors, folder / "batch.safetensors")
-    numbers = {key: str(value) for key, value in measured._asdict().items()}
-    write_json(folder / "report.json", numbers | {"step": measured.step, "first_bad_tap": tap})
+    write_json(folder / "report.json", report)

@@ -33,6 +33,7 @@ from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
 from forgetrain.train.health import Health, check_result, first_bad_tap, save_evidence
 from forgetrain.train.metrics import Clock, Journal, Lagged, Measured, read_journal
+from forgetrain.train.recheck import Recheck
 from forgetrain.train.saving import Saver
 from forgetrain.train.speed import Speed
 from forgetrain.train.stop import SAVE_FAILED, Stop
@@ -169,6 +170,7 @@ class Job:
     last: Measured | None = None
     engine: Engine = field(init=False)
     health: Health = field(init=False)
+    recheck: Recheck = field(init=False)
     journal: Journal | None = None
 
     @property
@@ -180,7 +182,8 @@ class Job:
         target = self.target
         learning_rate(target.recipe, target.recipe.steps)  # a schedule that cannot be is refused before the first step
         module = self.chosen.load()
-        if getattr(module, "DETERMINISTIC", True):  # an engine that cannot be says so, and is held to its own band
+        deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
+        if deterministic:
             make_deterministic(target.hardware.threads)
         try:
             self.engine = module.build(
@@ -202,6 +205,11 @@ class Job:
             self.journal = Journal(self.run / "train", self.step)
             write_json(self.run / "train" / "run.json", self._facts() | {"resumed_at": self.step or None})
         say(self.console, self._headline())
+        self.recheck = Recheck(
+            every=target.train.recheck_every, deterministic=deterministic, world=self.world, evidence=self.run / "train"
+        )
+        if self.recheck.off_because_of_engine:
+            say(self.console, "train.recheck_every is off: the engine says that it is not deterministic", "yellow")
 
     def _past_losses(self) -> dict[int, float]:
         lines = read_journal(self.run / "train" / "metrics.jsonl")
@@ -216,7 +224,7 @@ class Job:
         with Display(self.console, recipe.steps, self.step) as display:
             for step, batch in self.loader.batches(self.step, last):
                 lr = learning_rate(recipe, step)
-                result = self.engine.step(batch, lr)
+                result = self.recheck.step(self.engine, batch, lr, step + 1)
                 if step == self.step:
                     check_result(result, self.chosen.name)
                 self.step = step + 1
@@ -270,7 +278,8 @@ class Job:
             batch = self.loader.batch_at(measured.step - 1)
             tap = first_bad_tap(self.engine, batch)
             if self.world.rank == 0:
-                save_evidence(folder, measured, batch, tap)
+                numbers = {key: str(value) for key, value in measured._asdict().items()}
+                save_evidence(folder, batch, numbers | {"step": measured.step, "first_bad_tap": tap})
             raise UserError(
                 f"no finite gradient norm in {self.health.in_a_row} steps in a row, the last {measured.step}",
                 file=folder,
