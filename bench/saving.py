@@ -47,7 +47,7 @@ def measure(target: Target, folder: Path, every: int, pairs: int) -> dict[str, f
     engine.load(initial_weights(target.model, target.recipe.seed))
     batch = random_batch(target)
     without, saving, staging = [], [], []
-    with Saver(folder / "checkpoints", World(0, 1, "cpu", None, None), keep_last=2, keep_every=0) as saver:
+    with Saver(folder / "checkpoints", World(0, 1, "cpu", None, None), target.train) as saver:
 
         def block(step: int, *, saves: bool) -> float:
             began = time.monotonic()

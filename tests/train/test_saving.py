@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from forgetrain.errors import UserError
+from forgetrain.spec.target import Training
 from forgetrain.train import checkpoint
 from forgetrain.train.saving import Saver
 from tests.corpus import built
@@ -33,7 +34,7 @@ class Gate:
 
 
 def saver(root, keep_last=2):
-    return Saver(root, ALONE, keep_last=keep_last, keep_every=0)
+    return Saver(root, ALONE, Training(keep_last=keep_last, checkpoint_every=2))
 
 
 def test_a_checkpoint_holds_the_state_at_its_step_and_not_what_came_while_it_was_written(
@@ -65,6 +66,14 @@ def test_the_next_save_waits_for_the_one_before_and_old_ones_are_pruned(tmp_path
     for step in (2, 3):  # the buffers are used again, but never while a save reads them
         read = checkpoint.read_masters(checkpoint.folder_of(root, step), {"a": (2,)})
         assert read["a"].tolist() == [step, step]
+
+
+def test_what_a_spike_would_go_back_to_is_kept_though_it_is_not_among_the_last(tmp_path, tokenizer):
+    root = tmp_path / "checkpoints"
+    with saver(root, keep_last=1) as behind:
+        for step, needed in ((2, 0), (3, 2), (4, 2), (6, 3)):
+            behind.start(Engine({"master/a": torch.zeros(2)}), step, {}, tokenizer, needed)
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000002", "step-00000006"]
 
 
 def test_a_save_under_way_is_finished_when_the_run_ends_by_an_error(tmp_path, tokenizer, monkeypatch):

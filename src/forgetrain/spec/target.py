@@ -21,6 +21,7 @@ from forgetrain.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -167,16 +168,51 @@ class Source(Section):
     """One source of documents: a file, a folder, ``python-stdlib``, or Megatron's ``.bin/.idx`` prefix."""
 
     path: str
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    name: str | None = None  # what stages call it; its path when there is none
+    weight: Weight = 1.0
     glob: str = "**/*"
     field: str = "text"
+
+    @property
+    def label(self) -> str:
+        return self.name or self.path
+
+
+class StageSpec(Section):
+    """A stretch of the run with a mixture, and perhaps a shape, of its own; stages follow one another as written.
+
+    ``weights`` by the sources' names: a source left out is not read in this stage; none at all are the sources' own.
+    None as a length or a batch is the recipe's.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    steps: Positive
+    weights: dict[str, Weight] = Field(default_factory=dict)
+    sequence_length: Positive | None = None
+    batch_size: Positive | None = None
 
 
 class Data(Section):
     sources: list[Source] = Field(default_factory=lambda: [Source(path="python-stdlib", glob="**/*.py")])
+    stages: list[StageSpec] = Field(default_factory=list)  # none: one stage of all the recipe's steps
     tokenizer: str | None = None  # a folder with tokenizer.json; None trains one of the model's vocab_size
     documents: Literal["ignore", "mask", "mask+reset"] = "ignore"  # attention across document boundaries, positions
     held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
+
+    @model_validator(mode="after")
+    def _names(self) -> Data:
+        labels = [source.label for source in self.sources]
+        for what, names in (("sources", labels), ("stages", [stage.name for stage in self.stages])):
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if self.stages and twice is not None:
+                raise ValueError(f"{what}: two are called {twice!r}; give each a name of its own")
+        for stage in self.stages:
+            unknown = next((name for name in stage.weights if name not in labels), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"stages: {stage.name!r} weighs {unknown!r}, but the sources are {', '.join(map(repr, labels))}"
+                )
+        return self
 
 
 class ReferenceSpec(Section):
@@ -253,6 +289,11 @@ class Training(Section):
     eval_windows: Positive = 256  # held-out windows at each evaluation, at most; the last evaluation takes all
     log_every: Positive = 10  # GPU: how often metrics come to the host; on a CPU every step is logged
     skip_limit: Positive = 10  # so many steps in a row without a finite gradient norm end the run
+    # A loss so many standard deviations above the last ones is a spike; 0 looks for none. Six: docs/train.md has why.
+    spike_z: Annotated[float, Field(ge=0)] = 6.0
+    spike_window: Annotated[int, Field(ge=2)] = 64  # losses that are compared with
+    spike_repeats: Positive = 3  # so many spikes in a row send the run back to a good checkpoint, past their batches
+    rollback_limit: Positive = 3  # so many times to the same checkpoint; the next end the run
     recheck_every: Annotated[int, Field(ge=0)] = 0  # these steps are taken twice and compared bit for bit; 0: none
     deadline: Deadline | None = None  # time after the start at which the run saves and stops; None sets none
 
@@ -292,14 +333,36 @@ class Target(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _stages(self) -> Target:
+        recipe, stages = self.recipe, self.data.stages
+        if stages and (total := sum(stage.steps for stage in stages)) != recipe.steps:
+            raise ValueError(f"the steps of data.stages add up to {total}, but recipe.steps = {recipe.steps}")
+        for stage in stages:
+            if (length := stage.sequence_length or 0) > (most := self.model.max_position_embeddings):
+                raise ValueError(
+                    f"data.stages: {stage.name!r} has sequence_length = {length}, which exceeds "
+                    f"model.max_position_embeddings = {most}"
+                )
+            if (stage.batch_size or 0) % recipe.micro_batch_size:
+                raise ValueError(
+                    f"data.stages: {stage.name!r} has batch_size = {stage.batch_size}, no multiple of "
+                    f"recipe.micro_batch_size = {recipe.micro_batch_size}"
+                )
+        return self
+
     def plain(self) -> dict[str, Any]:
         """This target as nested plain values, the form in which engines receive it."""
         return self.model_dump(mode="json")
 
+    def without_stages(self) -> Target:
+        """This target with one stage, at the recipe's shape: what engines are judged at."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"stages": []})})
+
     def at_gates_shape(self) -> Target:
-        """This target with the recipe's batch, micro-batch and sequence length replaced by the ``[gates]`` shape."""
+        """This target, without stages, at the ``[gates]`` batch, micro-batch and sequence length."""
         shape = {key: getattr(self.gates, key) for key in ("batch_size", "micro_batch_size", "sequence_length")}
-        return self.model_copy(update={"recipe": self.recipe.model_copy(update=shape)})
+        return self.without_stages().model_copy(update={"recipe": self.recipe.model_copy(update=shape)})
 
 
 def load_target(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Target:

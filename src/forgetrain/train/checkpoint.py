@@ -207,7 +207,7 @@ def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 def put_aside_after(root: Path, step: int) -> None:
     """Hides the (damaged) checkpoints newer than ``step``, so that they count no more among the kept ones."""
     for path in steps_in(root):
-        if int(path.name.removeprefix("step-")) > step:
+        if step_of(path) > step:
             aside = root / f".{path.name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -252,12 +252,33 @@ def _read(into: dict[str, Tensor], path: Path, group: Any) -> None:
         raise UserError(f"does not fit: {cause}", file=path, remedy="resume with the target it was made with") from None
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Removes all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every`` (0: none)."""
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def regular(root: Path, every: int, at_most: int) -> list[Path]:
+    """The checkpoints at multiples of ``every`` up to step ``at_most``, newest first, unverified. What is decided by
+    them does not depend on where an interruption fell."""
+    return [path for path in steps_in(root) if step_of(path) % every == 0 and step_of(path) <= at_most]
+
+
+def prune(root: Path, keep_last: int, keep_every: int, needed: Path | None = None) -> None:
+    """Removes all but the newest ``keep_last`` checkpoints, those at multiples of ``keep_every`` (0: none), and
+    ``needed``."""
     for path in steps_in(root)[keep_last:]:
-        step = int(path.name.removeprefix("step-"))
-        if not (keep_every and step % keep_every == 0):
-            doomed = path.rename(root / f".{path.name}.removed")  # a half-removed one must not look whole
-            shutil.rmtree(doomed)
+        if path != needed and not (keep_every and step_of(path) % keep_every == 0):
+            _remove(path)
     for left in [*root.glob(".step-*.partial"), *root.glob(".step-*.removed")]:
         shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_after(root: Path, step: int) -> None:
+    """Removes the checkpoints newer than ``step``, newest first, so that a kill leaves no gap."""
+    for path in steps_in(root):
+        if step_of(path) > step:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    doomed = path.rename(path.with_name(f".{path.name}.removed"))  # a half-removed one must not look whole
+    shutil.rmtree(doomed)

@@ -23,7 +23,7 @@ import forgetrain
 from forgetrain.data.folder import DataFolder, open_data
 from forgetrain.data.loader import Loader
 from forgetrain.durable import write_json
-from forgetrain.engine.contract import Engine, weight_hash
+from forgetrain.engine.contract import Batch, Engine, weight_hash
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import fingerprint, make_deterministic
 from forgetrain.numerics.init import initial_weights
@@ -36,6 +36,7 @@ from forgetrain.train.metrics import Clock, Journal, Lagged, Measured, read_jour
 from forgetrain.train.recheck import Recheck
 from forgetrain.train.saving import Saver
 from forgetrain.train.speed import Speed
+from forgetrain.train.spikes import Spikes, first_grown, sizes_of_taps
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.verified import ChosenEngine, choose_engine
 from forgetrain.train.world import World, start_world
@@ -89,7 +90,7 @@ def train(
         settings = target.train
         with (
             Stop(world, settings.deadline_seconds) as stop,
-            Saver(job.root, world, keep_last=settings.keep_last, keep_every=settings.keep_every) as saver,
+            Saver(job.root, world, settings) as saver,
         ):
             return job.run_steps(stop, saver, min(stop_after or target.recipe.steps, target.recipe.steps))
 
@@ -170,7 +171,9 @@ class Job:
     last: Measured | None = None
     engine: Engine = field(init=False)
     health: Health = field(init=False)
+    spikes: Spikes = field(init=False)
     recheck: Recheck = field(init=False)
+    saved: int = 0  # the step of the last checkpoint that was written or begun; 0 for none
     journal: Journal | None = None
 
     @property
@@ -193,13 +196,14 @@ class Job:
             raise UserError(
                 f"refuses the target: {error}", file=self.chosen.name, remedy="align this target"
             ) from error
-        self.engine.load(initial_weights(target.model, target.recipe.seed))
-        skipped = 0
-        if found is not None:
-            checkpoint.load(self.engine, found.path, self.world)
-            self.step, self.seconds = found.step, found.manifest["seconds"]
-            skipped = found.manifest["skipped"]
-        self.health = Health(target.train.skip_limit, skipped)
+        self._restore(found)
+        past = {} if found is None else found.manifest
+        self.seconds = past.get("seconds", 0.0)
+        self.health = Health(target.train.skip_limit, past.get("skipped", 0))
+        train = target.train
+        self.spikes = Spikes(
+            z=train.spike_z, window=train.spike_window, repeats=train.spike_repeats, kept=past.get("spikes")
+        )
         self.held_out = self.world.first(self._past_losses)
         if self.world.rank == 0:
             self.journal = Journal(self.run / "train", self.step)
@@ -211,43 +215,28 @@ class Job:
         if self.recheck.off_because_of_engine:
             say(self.console, "train.recheck_every is off: the engine says that it is not deterministic", "yellow")
 
+    def _restore(self, found: checkpoint.Checkpoint | None) -> None:
+        """Brings the engine to a checkpoint, or to the beginning."""
+        self.engine.load(initial_weights(self.target.model, self.target.recipe.seed))
+        if found is not None:
+            checkpoint.load(self.engine, found.path, self.world)
+        self.step = self.saved = 0 if found is None else found.step
+
     def _past_losses(self) -> dict[int, float]:
         lines = read_journal(self.run / "train" / "metrics.jsonl")
         return {line["step"]: line["held_out_loss"] for line in lines if line.get("held_out_loss") is not None}
 
     def run_steps(self, stop: Stop, saver: Saver, last: int) -> dict[str, Any]:
-        settings, recipe = self.target.train, self.target.recipe
-        lagged, clock = Lagged(self.world.device, settings.log_every), Clock()
-        speed = Speed(self.target, self.world)
-        before, asked = self.seconds, ""
-        saved = self.step if checkpoint.folder_of(self.root, self.step).is_dir() else None
+        """Steps until ``last``, or until something asks to stop; then the summary."""
+        recipe, speed = self.target.recipe, Speed(self.target, self.world)
         with Display(self.console, recipe.steps, self.step) as display:
-            for step, batch in self.loader.batches(self.step, last):
-                lr = learning_rate(recipe, step)
-                result = self.recheck.step(self.engine, batch, lr, step + 1)
-                if step == self.step:
-                    check_result(result, self.chosen.name)
-                self.step = step + 1
-                lagged.push(self.step, lr, result)
-                asked = stop.agreed(save_failed=saver.failed)
-                if asked == SAVE_FAILED:
-                    saver.wait()
-                ends = bool(asked) or self.step == last
-                pauses = self.step % settings.eval_every == 0 or self.step % settings.checkpoint_every == 0 or ends
-                for measured in lagged.ready(all=pauses):
-                    self._note(measured, speed.tokens_per_second(measured.step, clock.seconds()), speed, display)
-                self.seconds = before + clock.seconds()
-                with clock.paused():
-                    if self.step % settings.eval_every == 0 and not ends:
-                        self._evaluate(display, settings.eval_windows)
-                    if self.step % settings.checkpoint_every == 0 or ends:
-                        saved = self._save(saver)
-                if ends:
-                    break
+            while isinstance(asked := self._stretch(stop, saver, last, speed, display), Measured):
+                self._roll_back(asked, saver, display)
+                speed = Speed(self.target, self.world)
             finished = self.step >= recipe.steps
             if finished and self.step not in self.held_out:
                 self._evaluate(display, None)
-        if saved != self.step:
+        if self.saved != self.step or not self.saved:
             self._save(saver)
         saver.wait()
         summary = self._summary(speed, asked if asked and not finished else None)
@@ -255,6 +244,96 @@ class Job:
             self.journal.close()
             write_json(self.run / "train" / "summary.json", summary)
         return summary
+
+    def _stretch(self, stop: Stop, saver: Saver, last: int, speed: Speed, display: Display) -> str | Measured:
+        """Steps until ``last``, or what asked to stop (a name, or ""), or the step whose spike asks to go back."""
+        settings, recipe = self.target.train, self.target.recipe
+        lagged, clock = Lagged(self.world.device, settings.log_every), Clock()
+        before, began, asked, offset = self.seconds, self.step, "", self.spikes.offset
+        for number, batch in self.loader.batches(began + offset, last + offset):
+            step = number - offset
+            lr = learning_rate(recipe, step)
+            result = self.recheck.step(self.engine, batch, lr, step + 1)
+            if step == began:
+                check_result(result, self.chosen.name)
+            self.step = step + 1
+            lagged.push(self.step, lr, result)
+            asked = stop.agreed(save_failed=saver.failed)
+            if asked == SAVE_FAILED:
+                saver.wait()
+            ends = bool(asked) or self.step == last
+            pauses = self.step % settings.eval_every == 0 or self.step % settings.checkpoint_every == 0 or ends
+            for measured in lagged.ready(all=pauses):
+                self._note(measured, speed.tokens_per_second(measured.step, clock.seconds()), speed, display)
+                if measured.applied and self.spikes.sees(measured.step, measured.loss):
+                    self.seconds = before + clock.seconds()
+                    return measured
+            self.seconds = before + clock.seconds()
+            with clock.paused():
+                if self.step % settings.eval_every == 0 and not ends:
+                    self._evaluate(display, settings.eval_windows)
+                if self.step % settings.checkpoint_every == 0 or ends:
+                    self._save(saver)
+            if ends:
+                break
+        return asked
+
+    def _roll_back(self, spike: Measured, saver: Saver, display: Display) -> None:
+        """To the newest good checkpoint, and past the batches taken since; an interruption to stop is heard after the
+        next step. Ends the run when going back to that checkpoint has not helped before.
+        """
+        saver.wait()
+        found = self.world.first(lambda: self._newest_good(spike))
+        back_to, kept = (0, None) if found is None else (found.step, found.manifest.get("spikes"))
+        gives_up = self.spikes.times_back_to(back_to) >= self.target.train.rollback_limit
+        batch = self.loader.batch_at(spike.step - 1 + self.spikes.offset)
+        bad = sizes_of_taps(self.engine, batch) if gives_up else {}
+        self.world.first(lambda: checkpoint.remove_after(self.root, back_to))
+        self._restore(found)
+        if gives_up:
+            self._give_up(spike, back_to, batch, bad)
+        self.spikes.rolled_back(spike.step, back_to, spike.loss, kept)
+        self.held_out = {step: loss for step, loss in self.held_out.items() if step <= back_to}
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = Journal(self.run / "train", back_to)
+        first, end = self.spikes.rollbacks[-1]["batches_left_out"]
+        display.say(
+            f"step {spike.step}: loss {spike.loss:.4f}, spike {self.spikes.repeats} in a row; back to step {back_to}, "
+            f"batches {first} to {end - 1} are left out"
+        )
+
+    def _newest_good(self, spike: Measured) -> checkpoint.Checkpoint | None:
+        """The newest regular checkpoint from before the spikes that verifies; None is the beginning."""
+        every, until = self.target.train.checkpoint_every, self.spikes.newest_good(spike.step)
+        for path in checkpoint.regular(self.root, every, until):
+            try:
+                return checkpoint.verify(path)
+            except UserError as error:
+                say(self.console, f"passing over a damaged checkpoint: {error}", "yellow")
+        if until >= every:
+            raise UserError(
+                f"losses spike since step {self.spikes.first} and no good checkpoint from before is left",
+                file=self.root,
+                remedy="resume from a copy of an older one, or --restart with a lower recipe.lr",
+            )
+        return None
+
+    def _give_up(self, spike: Measured, back_to: int, batch: Batch, bad: dict[str, float]) -> None:
+        good = sizes_of_taps(self.engine, batch)  # the engine is at the good checkpoint again
+        tap = first_grown(bad, good)
+        folder = self.run / "train" / f"evidence-{spike.step:08d}"
+        numbers: dict[str, Any] = {key: str(value) for key, value in spike._asdict().items()}
+        numbers |= {"step": spike.step, "first_bad_tap": tap, "good_step": back_to, "rollbacks": self.spikes.rollbacks}
+        if tap is not None:
+            numbers |= {"tap_rms": str(bad[tap]), "tap_rms_with_good_weights": str(good[tap])}
+        self.world.first(lambda: save_evidence(folder, batch, numbers))
+        raise UserError(
+            f"losses spike again at step {spike.step}, after going back to step {back_to} "
+            f"{self.target.train.rollback_limit} times; first bad tap: {tap or 'none found'}",
+            file=folder,
+            remedy="its batch is saved there; lower recipe.lr, look at the data, or raise train.spike_z, then --resume",
+        )
 
     def _note(self, measured: Measured, rate: float, speed: Speed, display: Display) -> None:
         """Records a step's numbers, and ends the run when too many in a row were not finite."""
@@ -275,7 +354,7 @@ class Job:
         display.show(measured.step, f"{numbers}  {speed.text(rate)}{skipped}")
         if over:
             folder = self.run / "train" / f"evidence-{measured.step:08d}"
-            batch = self.loader.batch_at(measured.step - 1)
+            batch = self.loader.batch_at(measured.step - 1 + self.spikes.offset)
             tap = first_bad_tap(self.engine, batch)
             if self.world.rank == 0:
                 numbers = {key: str(value) for key, value in measured._asdict().items()}
@@ -299,10 +378,11 @@ class Job:
         unigram = self.data.manifest["unigram_loss"]["held_out"]
         display.say(f"step {self.step}: held-out loss {loss:.4f}  (a unigram model of the same tokens: {unigram:.4f})")
 
-    def _save(self, saver: Saver) -> int:
-        facts = self._facts() | {"seconds": self.seconds, "skipped": self.health.skipped}
-        saver.start(self.engine, self.step, facts, self.data.tokenizer.folder)
-        return self.step
+    def _save(self, saver: Saver) -> None:
+        facts = self._facts() | {"seconds": self.seconds, "skipped": self.health.skipped, "spikes": self.spikes.kept()}
+        needed = self.spikes.newest_good(self.step) if self.target.train.spike_z else None
+        saver.start(self.engine, self.step, facts, self.data.tokenizer.folder, needed)
+        self.saved = self.step
 
     def _facts(self) -> dict[str, Any]:
         """What a run is a function of; in run.json and in every checkpoint."""
@@ -343,6 +423,8 @@ class Job:
             "tokens_per_second": round(rate, 1),
             **speed.shares(rate),
             "skipped_steps": self.health.skipped,
+            "spikes": self.spikes.total,
+            "rollbacks": self.spikes.rollbacks,
             "ranks": self.world.size,
             "engine": {"name": self.chosen.name, "sha256": self.chosen.sha256, "status": self.chosen.status},
             "weight_sha256": weight_hash(state) if whole else None,

@@ -1,6 +1,6 @@
 """Saving beside the steps: a step pays for the copy of the state alone.
 
-    with Saver(root, world, keep_last=2, keep_every=0) as saver:
+    with Saver(root, world, target.train) as saver:
         saver.start(engine, step, facts, tokenizer)    # copies the state to host memory, returns, writes behind
         saver.failed                                   # asked at every step; when true on any rank, all call wait()
         saver.wait()                                   # until the checkpoint has its name; raises what went wrong
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from forgetrain.engine.contract import Engine, Shard
+from forgetrain.spec.target import Training
 from forgetrain.train import checkpoint
 from forgetrain.train.world import World
 
@@ -56,8 +57,8 @@ class Staged:
 class Saver:
     """Writes checkpoints under ``root`` in the background and prunes old ones; every rank makes the same calls."""
 
-    def __init__(self, root: Path, world: World, *, keep_last: int, keep_every: int):
-        self.root, self.keep_last, self.keep_every = root, keep_last, keep_every
+    def __init__(self, root: Path, world: World, settings: Training):
+        self.root, self.settings = root, settings
         self._world = world.beside()
         self._staged = Staged()
         self._thread: threading.Thread | None = None
@@ -79,8 +80,12 @@ class Saver:
         """Whether the save under way has gone wrong on this rank."""
         return self._error is not None
 
-    def start(self, engine: Engine, step: int, facts: Mapping[str, Any], tokenizer: Path) -> None:
+    def start(
+        self, engine: Engine, step: int, facts: Mapping[str, Any], tokenizer: Path, needed: int | None = None
+    ) -> None:
         """Copies the state after ``step`` steps and writes it behind; waits first for the save before.
+
+        needed: the newest checkpoint at a multiple of ``checkpoint_every`` up to this step is kept besides.
 
         Raises:
             UserError: the save before went wrong, for example on a full disk.
@@ -89,7 +94,10 @@ class Saver:
         copied = self._staged.copy(engine.state())
         # A daemon, so that a second Ctrl-C can end the process; a checkpoint that is not whole has no name.
         self._thread = threading.Thread(
-            target=self._write, args=(copied, step, dict(facts), tokenizer), name="forgetrain-saver", daemon=True
+            target=self._write,
+            args=(copied, step, dict(facts), tokenizer, needed),
+            name="forgetrain-saver",
+            daemon=True,
         )
         self._thread.start()
 
@@ -102,9 +110,17 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, copied: dict[str, Shard], step: int, facts: dict[str, Any], tokenizer: Path) -> None:
+    def _write(
+        self, copied: dict[str, Shard], step: int, facts: dict[str, Any], tokenizer: Path, needed: int | None
+    ) -> None:
         try:
             checkpoint.save(copied, self.root, step, facts, tokenizer, self._world)
-            self._world.first(lambda: checkpoint.prune(self.root, self.keep_last, self.keep_every))
+            self._world.first(lambda: self._prune(needed))
         except BaseException as error:  # carried to the thread that takes the steps
             self._error = error
+
+    def _prune(self, needed: int | None) -> None:
+        settings, kept = self.settings, []
+        if needed is not None:
+            kept = checkpoint.regular(self.root, settings.checkpoint_every, needed)[:1]
+        checkpoint.prune(self.root, settings.keep_last, settings.keep_every, *kept)

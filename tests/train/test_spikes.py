@@ -1,0 +1,158 @@
+import json
+import math
+
+import pytest
+from safetensors.torch import load_file
+
+from forgetrain.data.loader import Loader
+from forgetrain.errors import UserError
+from forgetrain.train import checkpoint, loop
+from forgetrain.train.metrics import read_journal
+from forgetrain.train.spikes import Spikes, first_grown
+from tests.corpus import built
+from tests.engine.toy import toy
+from tests.train.test_loop import losses, run
+
+SETTINGS = {"spike_window": 5, "spike_repeats": 2, "checkpoint_every": 4, "eval_every": 1000, "rollback_limit": 2}
+RECIPE = {"steps": 30, "lr": 1e-4}
+#: A loss that varies a little with the batch, and jumps while the weights are spoiled.
+LOSS = """loss = 5 + (batch.tokens.sum() % 7) / 100.0
+        if any(float(w.max()) > 50 for w in self.weights.values()): loss = loss + 4
+        loss = loss.float()"""
+
+
+def spoiled_by(token_sum):
+    """The statement with which the batch of this sum of tokens spoils the engine's weights."""
+    return f"{LOSS}\n        if int(batch.tokens.sum()) == {token_sum}: next(iter(self.weights.values())).fill_(100.0)"
+
+
+@pytest.fixture
+def spoiled(tmp_path):
+    """The batch of step 14 spoils the weights: steps 15 and 16 spike."""
+    target, data = built(tmp_path, recipe=RECIPE, train=SETTINGS)
+    sums = [int(Loader(data, target).batch_at(step).tokens.sum()) for step in range(40)]
+    assert sums.count(sums[13]) == 1
+    return target, toy(tmp_path, after=spoiled_by(sums[13]))
+
+
+def test_a_spike_is_a_loss_far_above_a_full_window():
+    spikes = Spikes(z=6.0, window=4, repeats=2)
+    assert [spikes.sees(step, loss) for step, loss in enumerate([9.0, 1.0, 1.1, 0.9, 1.0], 1)] == [False] * 5
+    assert spikes.score(1.3) == pytest.approx((1.3 - 1.0) / math.sqrt(0.005))
+    assert not spikes.sees(6, 3.0)
+    assert (spikes.first, spikes.total) == (6, 1)
+    assert not spikes.sees(7, 1.0)  # one bad batch passes
+    assert (spikes.first, spikes.in_a_row) == (None, 0)
+    assert not spikes.sees(8, 3.0)
+    assert spikes.sees(9, 3.0)
+    assert spikes.newest_good(9) == 6
+
+
+def test_small_changes_among_equal_losses_are_no_spikes():
+    spikes = Spikes(z=6.0, window=4, repeats=1)
+    for step in range(4):
+        spikes.sees(step, 2.0)
+    assert not spikes.sees(5, 2.11)
+    assert spikes.sees(6, 2.4)
+
+
+def test_what_is_kept_survives_json_to_the_last_bit():
+    spikes = Spikes(z=6.0, window=4, repeats=2)
+    for step, loss in enumerate([1 / 3, 0.1 + 0.2, 1.1, 0.9, 7.0], 1):
+        spikes.sees(step, loss)
+    again = Spikes(z=6.0, window=4, repeats=2, kept=json.loads(json.dumps(spikes.kept())))
+    assert again.kept() == spikes.kept()
+    assert again.score(1.2) == spikes.score(1.2)
+    assert again.sees(6, 7.0)
+
+
+def test_spikes_in_a_row_send_the_run_back_past_their_batches(tmp_path, spoiled):
+    target, engine = spoiled
+    summary = run(target, tmp_path, engine=str(engine), unverified=True)
+    assert (summary["steps"], summary["finished"], summary["spikes"]) == (30, True, 2)
+    (rollback,) = summary["rollbacks"]
+    assert (rollback["step"], rollback["back_to"], rollback["batches_left_out"]) == (16, 12, [12, 16])
+    seen = losses(tmp_path, target)
+    assert list(seen) == list(range(1, 31))
+    assert max(seen.values()) < 6
+    newest = checkpoint.newest(tmp_path / target.name / "checkpoints", warn=pytest.fail)
+    assert newest.manifest["spikes"]["offset"] == 4
+
+
+@pytest.mark.parametrize("stop", [13, 14, 15, 16, 18, 20])
+def test_an_interruption_around_a_rollback_changes_no_bit(tmp_path, spoiled, stop):
+    target, engine = spoiled
+    options = {"engine": str(engine), "unverified": True}
+    whole = run(target, tmp_path, **options)
+    expected = losses(tmp_path, target)
+    run(target, tmp_path, restart=True, stop_after=stop, **options)
+    resumed = run(target, tmp_path, resume=True, **options)
+    assert resumed["weight_sha256"] == whole["weight_sha256"]
+    assert resumed["rollbacks"] == whole["rollbacks"]
+    assert losses(tmp_path, target) == expected
+
+
+def test_a_kill_right_after_a_rollback_changes_no_bit(tmp_path, spoiled, monkeypatch):
+    target, engine = spoiled
+    options = {"engine": str(engine), "unverified": True}
+    whole = run(target, tmp_path, **options)
+    expected = losses(tmp_path, target)
+    real = loop.Job._roll_back
+
+    def killed(self, *arguments):
+        real(self, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Job, "_roll_back", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(target, tmp_path, restart=True, **options)
+    monkeypatch.setattr(loop.Job, "_roll_back", real)
+    assert run(target, tmp_path, resume=True, **options)["weight_sha256"] == whole["weight_sha256"]
+    assert losses(tmp_path, target) == expected
+
+
+def test_going_back_in_vain_ends_the_run_with_the_evidence(tmp_path):
+    target, data = built(tmp_path, recipe=RECIPE, train=SETTINGS)
+    grown = "yield 'model.norm#fwd@0', batch.mask * (9.0 if self.steps > 14 else 1.0)"
+    after = "loss = torch.tensor(9.0 if self.steps > 14 else 5.0)"
+    engine = toy(tmp_path, after=after, probe=f"yield 'model.embed_tokens#fwd@1', batch.mask\n        {grown}")
+    says = (
+        r"evidence-00000016: losses spike again at step 16, after going back to step 12 2 times; first bad tap: model"
+    )
+    with pytest.raises(UserError, match=says):
+        run(target, tmp_path, engine=str(engine), unverified=True)
+    folder = tmp_path / target.name / "train" / "evidence-00000016"
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["first_bad_tap"], report["good_step"], len(report["rollbacks"])) == ("model.norm#fwd@0", 12, 2)
+    batch = Loader(data, target).batch_at(15 + 2 * 4)  # step 16's, with the cursor moved on by two rollbacks
+    assert load_file(folder / "batch.safetensors")["tokens"].equal(batch.tokens)
+    assert checkpoint.newest(tmp_path / target.name / "checkpoints", warn=pytest.fail).step == 12
+
+
+def test_before_the_first_checkpoint_it_goes_back_to_the_beginning(tmp_path):
+    target, data = built(tmp_path, recipe=RECIPE, train=SETTINGS | {"checkpoint_every": 20})
+    sums = [int(Loader(data, target).batch_at(step).tokens.sum()) for step in range(40)]
+    engine = toy(tmp_path, after=spoiled_by(sums[13]))
+    engine.write_text(
+        engine.read_text().replace("def load(self, weights):", "def load(self, weights):\n        self.steps = 0")
+    )
+    summary = run(target, tmp_path, engine=str(engine), unverified=True)
+    assert [(r["step"], r["back_to"]) for r in summary["rollbacks"]] == [(16, 0)]
+    assert [line["step"] for line in read_journal(tmp_path / target.name / "train/metrics.jsonl") if "lr" in line] == [
+        *range(1, 31)
+    ]
+
+
+def test_zero_looks_for_none(tmp_path, spoiled):
+    target, engine = spoiled
+    off = target.model_copy(update={"train": target.train.model_copy(update={"spike_z": 0.0})})
+    summary = run(off, tmp_path, engine=str(engine), unverified=True)
+    assert (summary["spikes"], summary["rollbacks"]) == (0, [])
+    assert max(losses(tmp_path, target).values()) > 8
+
+
+def test_the_first_grown_tap():
+    good = {"a": 1.0, "b": 2.0, "c": 0.0}
+    assert first_grown({"a": 3.9, "b": 8.1, "c": 1.0}, good) == "b"
+    assert first_grown({"a": 1.0, "b": math.nan}, good) == "b"
+    assert first_grown({"a": 1.0, "b": 2.0, "c": 0.0}, good) is None
