@@ -35,8 +35,8 @@ def test_an_epoch_reads_every_window_once(pair):
     target, data = pair
     loader = Loader(data, target)
     tokens, s = data.sources[0].train.tokens, target.recipe.sequence_length
-    windows = {tuple(tokens[w * s : w * s + s].tolist()) for w in range(loader.windows)}
-    steps = -(-loader.windows // target.recipe.batch_size)
+    windows = {tuple(tokens[w * s : w * s + s].tolist()) for w in range(loader.windows[s])}
+    steps = -(-loader.windows[s] // target.recipe.batch_size)
     seen = {tuple(row.tolist()) for step in range(steps) for row in loader.batch_at(step).tokens}
     assert seen == windows
 

@@ -55,17 +55,19 @@ def inspect(
     target = read_target(target_file, overrides)
     data = open_data(runs / target.name / "data", target)
     loader = Loader(data, target)
-    if row >= target.recipe.batch_size:
-        raise typer.BadParameter(f"a batch has {target.recipe.batch_size} rows", param_hint="--row")
-    place = loader.order.at(step * target.recipe.batch_size + row, 1)
+    stage, places = loader.order.at(step)
+    if row >= stage.batch_size:
+        raise typer.BadParameter(f"the batch of that step has {stage.batch_size} rows", param_hint="--row")
+    epoch, window = int(places.epoch[row]), int(places.window[row])
     tokens = loader.batch_at(step).tokens[row].tolist()
-    source = data.sources[int(place.source[0])]
+    source = data.sources[int(places.source[row])]
     text = data.tokenizer.tokenizer.decode(tokens, skip_special_tokens=False)
-    say(console, f"step {step}, row {row}: window {place.window[0]} of {source.name}, epoch {place.epoch[0]}")
+    where = f"{stage.name}, step {step}" if stage.name else f"step {step}"
+    say(console, f"{where}, row {row}: window {window} of {source.name}, epoch {epoch}")
     if not as_json:
         print(text)
-    where = {"source": source.name, "epoch": int(place.epoch[0]), "window": int(place.window[0])}
-    emit({"step": step, "row": row, **where, "tokens": tokens, "text": text}, as_json)
+    place = {"source": source.name, "epoch": epoch, "window": window}
+    emit({"stage": stage.name, "step": step, "row": row, **place, "tokens": tokens, "text": text}, as_json)
 
 
 def _lines(data: DataFolder) -> list[str]:

@@ -129,7 +129,9 @@ def unigram_loss(
 def _inputs_key(target: Target) -> str:
     """SHA-256 of everything the built folder depends on: settings, and name, size and time of every source file."""
     model = target.model
-    settings: list[Any] = [FORMAT, target.data.model_dump(mode="json"), model.vocab_size, model.max_position_embeddings]
+    # what stages take, and when, is the loader's affair
+    data = target.data.model_dump(mode="json", exclude={"stages": True, "sources": {"__all__": {"name"}}})
+    settings: list[Any] = [FORMAT, data, model.vocab_size, model.max_position_embeddings]
     settings += [model.eos_token_id, model.bos_token_id, model.pad_token_id]
     settings[1].pop("documents")  # how documents are masked is the loader's affair
     for source in target.data.sources:

@@ -5,6 +5,8 @@
     for step, batch in loader.batches(first=17, last=100): ...        # the same, read ahead in the background
     for batch, weight in loader.held_out(): ...                       # mean loss = sum(weight * loss) / sum(weight)
 
+Batches change their shape where a stage of the run says so; those of the held-out documents never do.
+
 A window is S + 1 tokens of a source's training split; consecutive windows share one token, so that every token is
 predicted once an epoch. Windows cross documents. With ``data.documents = "ignore"`` the model sees a window as one
 text, as Megatron's GPT does by default; otherwise ``cu_seqlens`` is cut at every document too, and no loss is taken
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,10 @@ import torch
 from numpy.typing import NDArray
 
 from forgetrain.data.folder import DataFolder, Split
-from forgetrain.data.order import Order
+from forgetrain.data.order import Places, StagedOrder
 from forgetrain.engine.contract import Batch, make_batch
 from forgetrain.errors import UserError
+from forgetrain.spec.stages import Stage, stages_of, steps_before
 from forgetrain.spec.target import Target
 
 #: Batches that lie ready before they are asked for.
@@ -36,52 +39,50 @@ class Loader:
     """Rank ``rank`` of ``world`` gets rows [rank·B/world, (rank+1)·B/world) of each global batch of B rows."""
 
     def __init__(self, data: DataFolder, target: Target, *, rank: int = 0, world: int = 1, device: str = "cpu"):
-        """Raises UserError when B is no multiple of ``world``, or a source holds less than one window."""
-        recipe = target.recipe
-        if recipe.batch_size % world or (recipe.batch_size // world) % recipe.micro_batch_size:
-            raise UserError(
-                f"does not divide into micro-batches of {recipe.micro_batch_size} on {world} ranks",
-                key="recipe.batch_size",
-                value=recipe.batch_size,
-                remedy=f"use a multiple of {recipe.micro_batch_size * world}, or another number of ranks",
-            )
-        self.data, self.rank, self.device = data, rank, device
-        self.length, self.batch_size = recipe.sequence_length, recipe.batch_size
-        self.rows = recipe.batch_size // world
+        """Raises UserError when a stage's B is no multiple of ``world``, when a source holds less than one window of a
+        stage that reads it, or when stages weigh sources that the data was not built from."""
+        self.data, self.rank, self.world, self.device = data, rank, world, device
+        self.stages = stages_of(target)
+        self.length, self.batch_size = target.recipe.sequence_length, target.recipe.batch_size
+        _require_divisible(target, self.stages, world)
+        self.rows = self.batch_size // world  # of held-out batches, which have the recipe's shape in every stage
         self.masked = target.data.documents != "ignore"
         self.splits = [source.train for source in data.sources]
-        windows = [(len(split.tokens) - 1) // self.length for split in self.splits]
-        for source, count in zip(data.sources, windows, strict=True):
-            if count < 1:
-                raise UserError(
-                    f"holds {len(source.train.tokens)} tokens to train on, less than one window",
-                    file=source.name,
-                    key="recipe.sequence_length",
-                    value=self.length,
-                    remedy="give more text or a shorter sequence",
-                )
-        self.windows = sum(windows)
-        self.order = Order(windows, [source.weight for source in data.sources], recipe.seed)
+        lengths = {stage.sequence_length for stage in self.stages}
+        windows = {length: [(len(split.tokens) - 1) // length for split in self.splits] for length in lengths}
+        weights = [_weights(stage, data, target) for stage in self.stages]
+        for stage, mixture in zip(self.stages, weights, strict=True):
+            _require_windows(stage, mixture, data, windows[stage.sequence_length])
+        self.windows = {length: sum(counts) for length, counts in windows.items()}
+        self.order = StagedOrder(self.stages, windows, weights, target.recipe.seed)
         self.pad = data.tokenizer.pad
 
     def epoch_at(self, step: int) -> float:
         """How often the training windows have been gone through before ``step``, over all sources."""
-        return step * self.batch_size / self.windows
+        return sum(
+            steps * stage.batch_size / self.windows[stage.sequence_length]
+            for steps, stage in zip(steps_before(self.stages, step), self.stages, strict=True)
+        )
+
+    def places(self, step: int) -> Places:
+        """Where the rows of a step's global batch come from."""
+        return self.order.at(step)[1]
 
     def batch_at(self, step: int) -> Batch:
         """This rank's rows of a step's batch; a pure function of the target's seed, the data, and its arguments."""
-        places = self.order.at(step * self.batch_size, self.batch_size)
-        starts = places.window * self.length
-        mine = slice(self.rank * self.rows, (self.rank + 1) * self.rows)
+        stage, places = self.order.at(step)
+        length, rows = stage.sequence_length, stage.batch_size // self.world
+        starts = places.window * length
+        mine = slice(self.rank * rows, (self.rank + 1) * rows)
         pieces = [
-            self.splits[source].tokens[start : start + self.length + 1]
+            self.splits[source].tokens[start : start + length + 1]
             for source, start in zip(places.source[mine], starts[mine], strict=True)
         ]
-        denominator = self.batch_size * self.length
+        denominator = stage.tokens_per_step
         boundaries, mask = None, None
         if self.masked:
-            boundaries, mask = self._documents(places.source[mine], starts[mine])
-            denominator -= self._boundaries_within(places.source, starts)
+            boundaries, mask = self._documents(places.source[mine], starts[mine], length)
+            denominator -= self._boundaries_within(places.source, starts, length)
         return self._batch(np.stack(pieces), mask, boundaries, denominator)
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, Batch]]:
@@ -123,7 +124,7 @@ class Loader:
         equally many, of which the last may count none. ``limit`` bounds the windows, spread over each source."""
         places = self._held_out_places(limit)
         for first in range(0, len(places), self.batch_size):
-            rows = places[first : first + self.batch_size][self.rank :: self.batch_size // self.rows]
+            rows = places[first : first + self.batch_size][self.rank :: self.world]
             tokens = np.full((self.rows, self.length + 1), self.pad, np.int64)
             mask = np.zeros((self.rows, self.length), np.float32)
             cuts = []
@@ -149,20 +150,20 @@ class Loader:
             places += [(split, start) for start in starts]
         return places
 
-    def _documents(self, sources: Any, starts: Any) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        mask = np.ones((len(starts), self.length), np.float32)
+    def _documents(self, sources: Any, starts: Any, length: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        mask = np.ones((len(starts), length), np.float32)
         cuts = [np.zeros(0, np.int64)]
         for row, (source, start) in enumerate(zip(sources, starts, strict=True)):
-            inside = _starts_within(self.splits[source], start, self.length)
+            inside = _starts_within(self.splits[source], start, length)
             mask[row, inside - 1] = 0
-            cuts.append(row * self.length + inside[inside < self.length])
+            cuts.append(row * length + inside[inside < length])
         return np.concatenate(cuts), mask
 
-    def _boundaries_within(self, sources: NDArray[np.int64], starts: NDArray[np.int64]) -> int:
+    def _boundaries_within(self, sources: NDArray[np.int64], starts: NDArray[np.int64], length: int) -> int:
         total = 0
         for source in np.unique(sources):
             first, bounds = starts[sources == source], self.splits[source].document_starts
-            ends = np.searchsorted(bounds, first + self.length, side="right")
+            ends = np.searchsorted(bounds, first + length, side="right")
             total += int((ends - np.searchsorted(bounds, first, side="right")).sum())
         return total
 
@@ -179,6 +180,46 @@ class Loader:
         if self.device == "cpu":
             return batch
         return Batch(*(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch))
+
+
+def _require_divisible(target: Target, stages: Sequence[Stage], world: int) -> None:
+    micro = target.recipe.micro_batch_size
+    sizes = [("recipe.batch_size", target.recipe.batch_size)]
+    sizes += [(f"data.stages.{stage.name}.batch_size", stage.batch_size) for stage in stages]
+    for key, size in sizes:
+        if size % (micro * world):
+            raise UserError(
+                f"does not divide into micro-batches of {micro} on {world} ranks",
+                key=key,
+                value=size,
+                remedy=f"use a multiple of {micro * world}, or another number of ranks",
+            )
+
+
+def _weights(stage: Stage, data: DataFolder, target: Target) -> list[float]:
+    """The stage's weight of each source of the data folder; 0 where it does not read it."""
+    if not stage.weights:
+        return [source.weight for source in data.sources]
+    built, named = [source.name for source in data.sources], [source.path for source in target.data.sources]
+    if built != named:
+        raise UserError(
+            f"was built from other sources ({', '.join(built)}) than those the target's stages weigh",
+            file=data.folder,
+            remedy="run forgetrain data build TARGET",
+        )
+    return [stage.weights.get(source.label, 0.0) for source in target.data.sources]
+
+
+def _require_windows(stage: Stage, weights: Sequence[float], data: DataFolder, windows: Sequence[int]) -> None:
+    for source, weight, count in zip(data.sources, weights, windows, strict=True):
+        if weight and count < 1:
+            raise UserError(
+                f"holds {len(source.train.tokens)} tokens to train on, less than one window",
+                file=source.name,
+                key=f"data.stages.{stage.name}.sequence_length" if stage.name else "recipe.sequence_length",
+                value=stage.sequence_length,
+                remedy="give more text or a shorter sequence",
+            )
 
 
 def _starts_within(split: Split, start: int, length: int) -> NDArray[np.int64]:

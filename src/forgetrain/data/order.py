@@ -9,18 +9,27 @@ R-th of them; so resuming costs nothing, and another world size meets the same w
 Sources are mixed by a fixed cycle in which each appears as often as its weight says, spread evenly. Within a source
 each pass (epoch) visits every window once, in an order of its own drawn from (seed, source, epoch): a Feistel network
 permutes the numbers below a power of four, and cycle walking (Black and Rogaway 2002) narrows that to the windows.
+
+A run of several stages is one such sequence after another, each with its own batch size, mixture and windows. A stage
+goes on in each source where the earlier stages of its sequence length stopped; how far they got is counted from their
+cycles, so that any step of any stage is still found at once:
+
+    order = StagedOrder(stages_of(target), windows={4096: [1000, 50], 32768: [125, 6]}, weights=..., seed=0)
+    stage, places = order.at(step=900)
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from forgetrain.spec.stages import Stage, stage_at
 
 _ROUNDS = 6
 #: The mixing cycle is at most this long; weights whose exact ratios need a longer one are rounded to it.
@@ -36,9 +45,15 @@ class Places(NamedTuple):
 
 
 class Order:
-    def __init__(self, windows: Sequence[int], weights: Sequence[float], seed: int):
+    """One stage's sequence. A source of weight 0 is not in it; ``begun``: windows of each source taken before it."""
+
+    def __init__(
+        self, windows: Sequence[int], weights: Sequence[float], seed: int, begun: NDArray[np.int64] | None = None
+    ):
         self.windows, self.seed = list(windows), seed
-        self.cycle = mixing_cycle(weights)
+        self.begun = np.zeros(len(windows), np.int64) if begun is None else begun
+        used = np.flatnonzero(weights)
+        self.cycle = used[mixing_cycle([weights[source] for source in used])]
         appears = self.cycle[None, :] == np.arange(len(windows))[:, None]
         self._before = np.cumsum(appears, axis=1) - appears  # [sources, cycle]: appearances before that place
         self._each = appears.sum(axis=1)
@@ -48,7 +63,7 @@ class Order:
         number = np.arange(first, first + count, dtype=np.int64)
         turn, slot = np.divmod(number, len(self.cycle))
         source = self.cycle[slot]
-        nth = turn * self._each[source] + self._before[source, slot]
+        nth = self.begun[source] + turn * self._each[source] + self._before[source, slot]
         epoch, window = np.zeros(count, np.int64), np.zeros(count, np.int64)
         for s in np.unique(source):
             rows = source == s
@@ -59,6 +74,37 @@ class Order:
                 shuffled[same] = permute(inside[same], self.windows[s], (self.seed, int(s), int(e)))
             window[rows] = shuffled
         return Places(source, epoch, window)
+
+    def taken(self, count: int) -> NDArray[np.int64]:
+        """int64 [sources]: how many of the first ``count`` windows are each source's."""
+        turns, slot = divmod(count, len(self.cycle))
+        return turns * self._each + np.bincount(self.cycle[:slot], minlength=len(self.windows))
+
+
+class StagedOrder:
+    """A run's stages, each an Order that goes on where those of its sequence length before it stopped."""
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        windows: Mapping[int, Sequence[int]],
+        weights: Sequence[Sequence[float]],
+        seed: int,
+    ):
+        """windows: by sequence length, those of each source. weights: of each stage, those of each source."""
+        self.stages, self.orders = list(stages), []
+        begun = {length: np.zeros(len(counts), np.int64) for length, counts in windows.items()}
+        for stage, mixture in zip(stages, weights, strict=True):
+            length = stage.sequence_length
+            order = Order(windows[length], mixture, seed, begun[length])
+            begun[length] = begun[length] + order.taken((stage.last - stage.first) * stage.batch_size)
+            self.orders.append(order)
+
+    def at(self, step: int) -> tuple[Stage, Places]:
+        """A step's stage, and the places of its global batch's rows."""
+        stage = stage_at(self.stages, step)
+        order = self.orders[self.stages.index(stage)]
+        return stage, order.at((step - stage.first) * stage.batch_size, stage.batch_size)
 
 
 def mixing_cycle(weights: Sequence[float]) -> NDArray[np.int64]:

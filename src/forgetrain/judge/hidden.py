@@ -56,7 +56,8 @@ class Stream:
         self.loader: Loader | None = None
         if data is not None and (data / MANIFEST).is_file():
             recipe = target.recipe.model_copy(update={"seed": seed})
-            self.loader = Loader(open_data(data, target, verify=False), target.model_copy(update={"recipe": recipe}))
+            seeded = target.without_stages().model_copy(update={"recipe": recipe})
+            self.loader = Loader(open_data(data, target, verify=False), seeded)
         generator = torch.Generator().manual_seed(derive(seed, "chain"))
         self.following = torch.randperm(target.model.vocab_size, generator=generator)
 
