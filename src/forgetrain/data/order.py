@@ -53,7 +53,7 @@ class Order:
         self.windows, self.seed = list(windows), seed
         self.begun = np.zeros(len(windows), np.int64) if begun is None else begun
         used = np.flatnonzero(weights)
-        self.cycle = used[mixing_cycle([weights[source] for source in used])]
+        self.cycle = used[mixing_cycle([weights[source] for source in used.tolist()])]
         appears = self.cycle[None, :] == np.arange(len(windows))[:, None]
         self._before = np.cumsum(appears, axis=1) - appears  # [sources, cycle]: appearances before that place
         self._each = appears.sum(axis=1)

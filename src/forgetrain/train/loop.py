@@ -28,6 +28,7 @@ from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import fingerprint, make_deterministic
 from forgetrain.numerics.init import initial_weights
 from forgetrain.spec.schedule import learning_rate
+from forgetrain.spec.stages import stage_at, stages_of
 from forgetrain.spec.target import Target
 from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
@@ -37,6 +38,7 @@ from forgetrain.train.recheck import Recheck
 from forgetrain.train.saving import Saver
 from forgetrain.train.speed import Speed
 from forgetrain.train.spikes import Spikes, first_grown, sizes_of_taps
+from forgetrain.train.stages import mean_length, require_every_length, require_same_past, tokens_by_length
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.verified import ChosenEngine, choose_engine
 from forgetrain.train.world import World, start_world
@@ -117,6 +119,7 @@ def _find_start(
     found = checkpoint.newest(root, lambda line: say(console, line, "yellow")) if resume else None
     if found is not None:
         _require_same(target, data, found, console)
+        require_same_past(found, stages_of(target), target)
         if (before := found.manifest["engine"])["sha256"] != chosen.sha256:
             say(console, f"resuming with the engine {chosen.name}, before it was {before['name']}")
         checkpoint.put_aside_after(root, found.step)
@@ -197,6 +200,7 @@ class Job:
                 f"refuses the target: {error}", file=self.chosen.name, remedy="align this target"
             ) from error
         self._restore(found)
+        require_every_length(self.engine, self.loader.stages, target, device=self.world.device, name=self.chosen.name)
         past = {} if found is None else found.manifest
         self.seconds = past.get("seconds", 0.0)
         self.health = Health(target.train.skip_limit, past.get("skipped", 0))
@@ -228,11 +232,11 @@ class Job:
 
     def run_steps(self, stop: Stop, saver: Saver, last: int) -> dict[str, Any]:
         """Steps until ``last``, or until something asks to stop; then the summary."""
-        recipe, speed = self.target.recipe, Speed(self.target, self.world)
+        recipe, speed = self.target.recipe, Speed(self.target, self.world, self.loader.stages, self.spikes.offset)
         with Display(self.console, recipe.steps, self.step) as display:
             while isinstance(asked := self._stretch(stop, saver, last, speed, display), Measured):
                 self._roll_back(asked, saver, display)
-                speed = Speed(self.target, self.world)
+                speed = Speed(self.target, self.world, self.loader.stages, self.spikes.offset)
             finished = self.step >= recipe.steps
             if finished and self.step not in self.held_out:
                 self._evaluate(display, None)
@@ -252,6 +256,7 @@ class Job:
         before, began, asked, offset = self.seconds, self.step, "", self.spikes.offset
         for number, batch in self.loader.batches(began + offset, last + offset):
             step = number - offset
+            self._enter(number, began + offset, display)
             lr = learning_rate(recipe, step)
             result = self.recheck.step(self.engine, batch, lr, step + 1)
             if step == began:
@@ -277,6 +282,16 @@ class Job:
             if ends:
                 break
         return asked
+
+    def _enter(self, number: int, began: int, display: Display) -> None:
+        """Says where a stage begins, and lets the engine give back what it holds for the length before."""
+        stage = stage_at(self.loader.stages, number)
+        if not stage.name or number not in (stage.first, began):
+            return
+        shape = f"{stage.batch_size} x {stage.sequence_length} tokens"
+        display.say(f"stage {stage.name} from step {number - self.spikes.offset + 1}, {shape} a step")
+        if number != began and hasattr(self.engine, "release"):
+            self.engine.release()  # type: ignore[attr-defined]  # engines that capture graphs have it
 
     def _roll_back(self, spike: Measured, saver: Saver, display: Display) -> None:
         """To the newest good checkpoint, and past the batches taken since; an interruption to stop is heard after the
@@ -347,11 +362,11 @@ class Job:
                 lr=measured.lr,
                 applied=measured.applied,
                 tokens_per_second=round(rate, 1),
-                **speed.shares(rate),
+                **speed.shares(rate, speed.length_at(measured.step)),
             )
         numbers = f"loss {measured.loss:.4f}  lr {measured.lr:.2e}  norm {measured.grad_norm:.3f}"
         skipped = f"  skipped {self.health.skipped}" if self.health.skipped else ""
-        display.show(measured.step, f"{numbers}  {speed.text(rate)}{skipped}")
+        display.show(measured.step, f"{numbers}  {speed.text(rate, speed.length_at(measured.step))}{skipped}")
         if over:
             folder = self.run / "train" / f"evidence-{measured.step:08d}"
             batch = self.loader.batch_at(measured.step - 1 + self.spikes.offset)
@@ -398,18 +413,22 @@ class Job:
     def _headline(self) -> str:
         recipe, tokens = self.target.recipe, sum(len(s.train.tokens) for s in self.data.sources)
         where = f"resuming at step {self.step}" if self.step else f"{recipe.steps} steps"
+        stages = self.loader.stages
+        shapes = list(dict.fromkeys(f"{stage.batch_size} x {stage.sequence_length}" for stage in stages))
         return (
-            f"{self.target.name}: {where} of {recipe.batch_size} x {recipe.sequence_length} tokens "
+            f"{self.target.name}: {where} of {', then '.join(shapes)} tokens "
             f"({self.loader.epoch_at(recipe.steps):.2f} passes over {tokens:,} tokens), "
             f"{self.target.precision.dtype} on {self.world.size} x {self.world.device}; "
             f"engine {self.chosen.name} ({self.chosen.status})"
         )
 
     def _summary(self, speed: Speed, interrupted: str | None) -> dict[str, Any]:
-        recipe = self.target.recipe
+        recipe, left_out = self.target.recipe, [rollback["batches_left_out"] for rollback in self.spikes.rollbacks]
+        by_length = tokens_by_length(self.loader.stages, self.step + self.spikes.offset, left_out)
+        tokens = sum(by_length.values())
         state = self.engine.state()
         whole = all(tuple(s.tensor.shape) == tuple(s.global_shape) for s in state.values())
-        rate = self.step * recipe.batch_size * recipe.sequence_length / self.seconds if self.seconds else math.nan
+        rate = tokens / self.seconds if self.seconds else math.nan
         return {
             "target": self.target.name,
             "steps": self.step,
@@ -418,10 +437,10 @@ class Job:
             "loss": self.last.loss if self.last else None,
             "held_out_loss": self.held_out.get(self.step),
             "unigram_loss": self.data.manifest["unigram_loss"]["held_out"],
-            "tokens": self.step * recipe.batch_size * recipe.sequence_length,
+            "tokens": tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(rate, 1),
-            **speed.shares(rate),
+            **speed.shares(rate, mean_length(by_length)),
             "skipped_steps": self.health.skipped,
             "spikes": self.spikes.total,
             "rollbacks": self.spikes.rollbacks,
