@@ -119,10 +119,11 @@ class Loader:
             stop.set()
             thread.join()
 
-    def held_out(self, limit: int | None = None) -> Iterator[tuple[Batch, float]]:
+    def held_out(self, limit: int | None = None, source: int | None = None) -> Iterator[tuple[Batch, float]]:
         """Batches over the held-out documents in order, and the tokens each counts on this rank; every rank gets
-        equally many, of which the last may count none. ``limit`` bounds the windows, spread over each source."""
-        places = self._held_out_places(limit)
+        equally many, of which the last may count none. ``limit`` bounds the windows, spread over each source;
+        ``source`` is the number of the only one to read."""
+        places = self._held_out_places(limit, source)
         for first in range(0, len(places), self.batch_size):
             rows = places[first : first + self.batch_size][self.rank :: self.world]
             tokens = np.full((self.rows, self.length + 1), self.pad, np.int64)
@@ -140,9 +141,11 @@ class Loader:
             boundaries = np.concatenate(cuts) if cuts else None
             yield self._batch(tokens, mask, boundaries, max(counted, 1.0)), counted
 
-    def _held_out_places(self, limit: int | None) -> list[tuple[Split, int]]:
+    def _held_out_places(self, limit: int | None, only: int | None) -> list[tuple[Split, int]]:
         places = []
-        for source in self.data.sources:
+        for number, source in enumerate(self.data.sources):
+            if only not in (None, number):
+                continue
             split = source.held_out
             starts = range(0, len(split.tokens) - 1, self.length)
             if limit is not None and len(starts) > (share := max(1, limit // len(self.data.sources))):

@@ -296,6 +296,7 @@ class Training(Section):
     rollback_limit: Positive = 3  # so many times to the same checkpoint; the next end the run
     recheck_every: Annotated[int, Field(ge=0)] = 0  # these steps are taken twice and compared bit for bit; 0: none
     deadline: Deadline | None = None  # time after the start at which the run saves and stops; None sets none
+    wandb: Annotated[str, Field(min_length=1)] | None = None  # the Weights & Biases project that gets the metrics too
 
     @property
     def deadline_seconds(self) -> float | None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,17 +83,24 @@ class Clock:
             self._out += time.monotonic() - began
 
 
+class Mirror(Protocol):
+    """What else takes the journal's values."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None: ...
+
+
 class Journal:
-    """``metrics.jsonl`` and TensorBoard's events under ``folder``, continued after ``step``.
+    """``metrics.jsonl`` and TensorBoard's events under ``folder``, continued after ``step``; and a mirror of them.
 
     Lines beyond ``step``, which an interrupted run had written after its last checkpoint, are dropped: the steps are
     taken again. JSON has no NaN; such values are null there.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, mirror: Mirror | None = None):
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
 
         folder.mkdir(parents=True, exist_ok=True)
+        self._mirror = mirror
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_journal(self.path) if line["step"] <= step]
         with no_space_named(self.path):
@@ -108,6 +115,8 @@ class Journal:
         for key, value in values.items():
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 self._board.add_scalar(key, value, step)
+        if self._mirror is not None:
+            self._mirror.write(step, values)
 
     def close(self) -> None:
         self._file.close()

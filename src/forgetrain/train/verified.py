@@ -13,10 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from forgetrain.durable import read_json, sha256_file
+from forgetrain.engine.contract import Engine
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
+from forgetrain.numerics.determinism import make_deterministic
 from forgetrain.spec.target import Target
 
 RECORDS = ("verdicts.json", "provenance.json")
@@ -34,6 +38,25 @@ class ChosenEngine:
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.name) if self.sha256 is None else load_engine(self.name)
+
+    def facts(self) -> dict[str, Any]:
+        return {"name": self.name, "sha256": self.sha256, "status": self.status}
+
+    def build(self, target: Target, *, device: str, mesh: DeviceMesh | None) -> tuple[Engine, bool]:
+        """The engine without weights, and whether it is deterministic; torch is asked to be so for one that is.
+
+        Raises:
+            UserError: it was made for another target.
+        """
+        module = self.load()
+        deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
+        if deterministic:
+            make_deterministic(target.hardware.threads)
+        try:
+            engine = module.build(target.plain(), device=device, precision=target.precision.dtype, mesh=mesh)
+        except ValueError as error:
+            raise UserError(f"refuses the target: {error}", file=self.name, remedy="align this target") from error
+        return engine, deterministic
 
 
 def find_verdicts(file: Path, also_in: list[Path]) -> list[dict[str, Any]] | None:
