@@ -1,6 +1,7 @@
 """Processes that lose one of theirs, with Gloo on this machine."""
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -96,6 +97,21 @@ def test_under_torchrun_too(tmp_path, ready):
     assert took < SECONDS
     assert agent.returncode == 1
     assert f"forgetrain: rank 1 (pid {rank1} on {socket.gethostname()}) is gone: its process ended" in err
+
+
+@pytest.mark.slow
+def test_a_killed_torchrun_takes_its_ranks_down(tmp_path, ready):
+    """They run in sessions of their own, so that nothing else would end them."""
+    agent = forgetrain(tmp_path, "train", ready, "--engine", toy(tmp_path, step=BOTH_HANG), "--unverified", ranks=2)
+    at_step_two(tmp_path)
+    watched = [os.pidfd_open(pid) for pid in children_of(agent.pid)]
+    assert len(watched) == 2
+    began = time.monotonic()
+    agent.kill()
+    for descriptor in watched:
+        assert select.select([descriptor], [], [], SECONDS)[0]
+    print(f"all are gone after {time.monotonic() - began:.2f} s")
+    assert "forgetrain: the ranks' store is gone" in agent.communicate()[1]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from forgetrain.spec.target import Target
 from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
 from forgetrain.train.health import Health, check_result, first_bad_tap, save_evidence
+from forgetrain.train.lock import only_run
 from forgetrain.train.metrics import Clock, Journal, Lagged, Measured, read_journal
 from forgetrain.train.recheck import Recheck
 from forgetrain.train.saving import Saver
@@ -77,7 +79,8 @@ def train(
     run = runs / target.name
     console = console or Console(stderr=True)
     threads, device = target.hardware.threads, target.hardware.device
-    with start_world(device=device, threads=threads) as world:
+    with start_world(device=device, threads=threads) as world, ExitStack() as held:
+        world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:
             console = Console(quiet=True)
         if restart:
