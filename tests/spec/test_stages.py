@@ -3,6 +3,7 @@ import tomllib
 import pytest
 
 from forgetrain.errors import UserError
+from forgetrain.spec.estimate import memory
 from forgetrain.spec.stages import stage_at, stages_of, steps_before, taken_before, tokens_before
 from forgetrain.spec.target import parse_target
 from forgetrain.spec.toml import to_toml
@@ -43,6 +44,12 @@ def test_what_was_taken_does_not_depend_on_what_is_planned():
     assert taken_before(now, 4) == taken_before(other, 4)
     assert taken_before(now, 5) != taken_before(other, 5)
     assert taken_before(stages_of(tiny_target()), 4) == taken_before(now, 4)
+
+
+def test_memory_is_that_of_the_longest_stage():
+    staged_memory, plain = memory(staged(*STAGES)), memory(tiny_target())
+    assert staged_memory.activations == 4 * plain.activations  # 64 tokens a row instead of 16
+    assert staged_memory.weights == plain.weights
 
 
 def test_a_target_with_stages_survives_its_own_text():

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forgetrain.cli.common import Json, Overrides, TargetFile, emit, read_target
-from forgetrain.spec.estimate import GIB, Estimate, estimate_target
+from forgetrain.spec.estimate import GIB, Estimate, estimate_target, micro_batch_tokens
 from forgetrain.spec.target import Target
 
 
@@ -67,7 +67,7 @@ def table(target: Target, estimate: Estimate, shard: bool) -> Table:
         ("  of attention, full", _flops(flops.attention_full), "12 · S · heads · head_dim · layers"),
         ("  forward only, causal", _flops(flops.forward_causal), "a third"),
     )
-    tokens = recipe.micro_batch_size * recipe.sequence_length
+    tokens = micro_batch_tokens(target)
     over = f", over {hardware.count} ranks" if shard and hardware.count > 1 else ""
     full = {True: "fits", False: "does NOT fit", None: "of the machine's"}[estimate.fits]
     size = "" if device.memory_gib is None else f" in {device.memory_gib:g} GiB"

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forgetrain.spec.hardware import Device, Dtype, hardware_of, units
+from forgetrain.spec.stages import stages_of
 from forgetrain.spec.target import Model, Target
 
 GIB = 2**30
@@ -171,12 +172,18 @@ def activation_elements(model: Model) -> int:
     return model.num_hidden_layers * layer + 2 * h
 
 
+def micro_batch_tokens(target: Target) -> int:
+    """Tokens of the largest micro-batch: that of the stage of the longest sequences."""
+    return target.recipe.micro_batch_size * max(stage.sequence_length for stage in stages_of(target))
+
+
 def memory(target: Target, *, shard: bool = False) -> Memory:
-    """Bytes on each rank. ``shard`` divides weights, gradients and optimizer over the ranks, as FSDP does."""
+    """Bytes on each rank, in the stage of the longest sequences. ``shard`` divides weights, gradients and optimizer
+    over the ranks, as FSDP does."""
     model, dtype = target.model, target.precision.dtype
     count, size = parameters(model).total, _size(dtype)
     ranks = target.hardware.count if shard else 1
-    tokens = target.recipe.micro_batch_size * target.recipe.sequence_length
+    tokens = micro_batch_tokens(target)
     return Memory(
         weights=-(-count * size // ranks),
         gradients=-(-count * 4 // ranks),
