@@ -115,6 +115,26 @@ def test_a_locked_ledger_is_named(tmp_path, ledger):
     ledger.begin_attempt(target, proposer="x")
 
 
+def test_a_ledger_that_another_process_holds_for_itself_is_waited_for_then_named(tmp_path, ledger):
+    hold = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None); c.execute('BEGIN EXCLUSIVE')"
+    command = [sys.executable, "-c", f"{hold}; print('held', flush=True); sys.stdin.read()", str(ledger.path)]
+    target = ledger.add_target(tiny_target())
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        began = time.monotonic()
+        with pytest.raises(UserError) as refused:
+            ledger.begin_attempt(target, proposer="x")
+        waited = time.monotonic() - began
+        other.communicate("")
+    assert str(ledger.path) in str(refused.value)
+    assert "locked by another process" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert 0.15 <= waited < 5
+    ledger.begin_attempt(target, proposer="x")
+    assert ledger.spent(target).attempts == 1
+
+
 def test_what_is_no_ledger_is_refused(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()

@@ -24,6 +24,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.forge.proposers.base import Attempt, Brief, Budget, NoProposal, Proposal, Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.forge.refs import keep_commit
+from forgetrain.forge.standing import known_gains
 from forgetrain.forge.stuck import ELECTED, rung
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.ledger import Ledger
@@ -175,9 +176,10 @@ class Loop:
             keep_commit(self.runs, self.target.name, digest, source.decode(), "aligned engine")
 
     def _remember(self) -> None:
-        """Tells the catalogue what the ledger knows, so that it proposes nothing twice."""
-        for digest in self._judged():
-            self.catalogue.tell(self._source(digest), None)
+        """Tells the catalogue what the ledger knows, so that it proposes nothing twice and builds on what helped."""
+        gains = known_gains(self.ledger, self.key)
+        for digest in sorted(self._judged()):
+            self.catalogue.tell(self._source(digest), gains.get(digest))
 
     def _judged(self) -> set[str]:
         """Candidates whose judging came to its end; one that a kill cut off may come again."""
