@@ -9,12 +9,13 @@ TARGET ?= targets/nano-cpu.toml
 BIN := .venv/bin
 PINS := pyproject.toml constraints/torch.txt scripts/setup.py
 
-.PHONY: help run setup setup-dev test test-slow test-gpu checks format lock bench preflight
+.PHONY: help run setup setup-dev test test-slow test-gpu soak checks format lock bench preflight
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run         the main job: reference, golden record, bitwise engine, training, a reply"
 	@echo "make test        the tests (make test-slow: the slow ones; make test-gpu: those for a GPU)"
+	@echo "make soak        200 kills of training runs, which must end with the same weights"
 	@echo "make checks      formatting, lint, types"
 	@echo "make format      format and fix what can be fixed"
 	@echo "make bench       how long collecting and aligning take"
@@ -43,6 +44,10 @@ test: setup-dev
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 tests/forge/test_align.py
 	$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/forge/test_align.py
+
+soak: setup-dev
+	$(BIN)/python -m tests.soak.soak --kills 100 --ranks 1
+	$(BIN)/python -m tests.soak.soak --kills 100 --ranks 2
 
 test-gpu: setup-dev
 	$(BIN)/python -m pytest -m gpu

@@ -151,7 +151,8 @@ def test_two_ranks_take_the_same_batches_as_one_and_either_resumes_the_other(tmp
         for line in read_journal(tmp_path / "runs/tiny/train/metrics.jsonl")
         if "loss" in line
     }
-    finish(forgetrain(tmp_path, "train", target, "--restart", "--stop-after", "4", ranks=2))
+    finish(forgetrain(tmp_path, "train", target, "--restart", "--stop-after", "2"))
+    finish(forgetrain(tmp_path, "train", target, "--resume", "--stop-after", "5", ranks=2))
     finish(forgetrain(tmp_path, "train", target, "--resume"))
     mixed = {
         line["step"]: line["loss"]
