@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target
+from forgetrain.cli.plan import plan_table
 from forgetrain.durable import read_json
 from forgetrain.errors import UserError
+from forgetrain.publish.initial import check_initial
 from forgetrain.spec.target import Target, parse_target
 from forgetrain.train.display import say
 from forgetrain.train.loop import train
+from forgetrain.train.profile import parse_steps
 from forgetrain.train.stop import exit_code
 
 
@@ -20,6 +24,9 @@ def command(
     target_file: Annotated[
         Path, typer.Argument(metavar="TARGET", help="A target file; with --resume also a run's folder, RUNS/<target>.")
     ],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, the same as --set KEY=VALUE.")
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="An engine file, or megatron or transformers. Default: the aligned engine."),
@@ -28,6 +35,15 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint, if any.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Throw the run's checkpoints away and start.")] = False,
     stop_after: Annotated[int | None, typer.Option(min=1, help="Stop after this step, with a checkpoint.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything before the first step and print the plan.")
+    ] = False,
+    init_from: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Start from the weights of a Hugging Face model's folder.")
+    ] = None,
+    profile_steps: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Profile these steps: a Chrome trace and a table by op.")
+    ] = None,
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     as_json: Json = False,
@@ -35,7 +51,8 @@ def command(
     """Train a target with its engine; also under torchrun, one process a rank."""
     if resume and restart:
         raise UserError("cannot go together", key="--resume, --restart", remedy="choose one")
-    target, runs = _target(target_file, overrides, runs, resume)
+    profiled = None if profile_steps is None else parse_steps(profile_steps)
+    target, runs = _target(target_file, [*(overrides or []), *(words or [])], runs, resume)
     summary = train(
         target,
         runs=runs,
@@ -44,8 +61,17 @@ def command(
         resume=resume,
         restart=restart,
         stop_after=stop_after,
+        dry_run=dry_run,
+        profile_steps=profiled,
+        init_from=init_from,
+        check_initial=check_initial,
         console=console,
     )
+    if dry_run:
+        if int(os.environ.get("RANK", "0")) == 0:  # torchrun's: one plan, not one a rank
+            console.print(plan_table(summary))
+            emit(summary, as_json)
+        return
     if summary["finished"]:
         say(
             console,

@@ -8,6 +8,8 @@ is compared is the computation, not bf16's rounding. They sum in different order
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,33 +50,40 @@ def logits_parity(exported: Exported) -> Parity:
     """
     found = checkpoint.verify(exported.checkpoint)
     target = parse_target(found.manifest["target"])
+    weights = checkpoint.read_masters(found.path, target.model.parameter_shapes())
+    rounded = {name: weight.to(DTYPES[exported.dtype]).float() for name, weight in weights.items()}
+    recorded = found.manifest["engine"]
+    path = Path(recorded["name"])
+    same = recorded["sha256"] is not None and path.is_file() and sha256_file(path) == recorded["sha256"]
+    return folder_parity(exported.folder, target, rounded, path if same else None)
+
+
+def folder_parity(folder: Path, target: Target, weights: Mapping[str, Tensor], engine: Path | None) -> Parity:
+    """Compares a Hugging Face folder with an engine that has ``weights`` (canonical name → fp32 tensor).
+
+    engine: its file; None, or one without a probe, is the textbook engine of the target.
+    """
     length = min(_LENGTH, target.model.max_position_embeddings)
     shape = {"batch_size": 2, "micro_batch_size": 2, "sequence_length": length}
     target = target.model_copy(update={"recipe": target.recipe.model_copy(update=shape)})
     tokens = torch.randint(target.model.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(0))
-    weights = checkpoint.read_masters(found.path, target.model.parameter_shapes())
-    rounded = {name: weight.to(DTYPES[exported.dtype]).float() for name, weight in weights.items()}
-    name, engine = _engine(target, found, exported.folder)
-    engine.load(rounded)
-    ours = _engine_logits(engine, tokens)
-    theirs = _exported_logits(exported.folder, tokens[:, :-1])
+    name, built = _engine(target, engine)
+    built.load(weights)
+    ours = _engine_logits(built, tokens)
+    theirs = _exported_logits(folder, tokens[:, :-1])
     return Parity(float((ours - theirs).abs().max()), float(ours.abs().max()), name)
 
 
-def _engine(target: Target, found: checkpoint.Checkpoint, folder: Path) -> tuple[str, Any]:
-    recorded = found.manifest["engine"]
-    path = Path(recorded["name"])
+def _engine(target: Target, path: Path | None) -> tuple[str, Any]:
     plain = target.plain()
-    if recorded["sha256"] is not None and path.is_file() and sha256_file(path) == recorded["sha256"]:
+    if path is not None:
         engine = load_engine(path).build(plain, device="cpu", precision="fp32", mesh=None)
         if hasattr(engine, "probe"):
             return str(path), engine
-    written = folder.with_name(f".{folder.name}.engine.py")
-    try:
+    with tempfile.TemporaryDirectory(prefix="forgetrain-") as temporary:
+        written = Path(temporary) / "engine.py"
         written.write_text(write_engine(target, Plan.textbook()), encoding="utf-8")
         return "textbook", load_engine(written).build(plain, device="cpu", precision="fp32", mesh=None)
-    finally:
-        written.unlink(missing_ok=True)
 
 
 def _engine_logits(engine: Any, tokens: Tensor) -> Tensor:

@@ -26,22 +26,28 @@ from forgetrain.data.loader import Loader
 from forgetrain.durable import write_json
 from forgetrain.engine.contract import Batch, Engine, weight_hash
 from forgetrain.errors import UserError
-from forgetrain.numerics.determinism import fingerprint, make_deterministic
+from forgetrain.numerics.determinism import fingerprint
 from forgetrain.numerics.init import initial_weights
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.stages import stage_at, stages_of
 from forgetrain.spec.target import Target
 from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
+from forgetrain.train.evaluate import HeldOut, evaluate, past_evaluations
 from forgetrain.train.health import Health, check_result, first_bad_tap, save_evidence
+from forgetrain.train.initial import CheckInitial, FolderWeights, compared, described, find_initial
 from forgetrain.train.lock import only_run
-from forgetrain.train.metrics import Clock, Journal, Lagged, Measured, read_journal
+from forgetrain.train.machine import memory_left, peak_memory
+from forgetrain.train.metrics import Clock, Journal, Lagged, Measured
+from forgetrain.train.preflight import check_machine, plan_of
+from forgetrain.train.profile import Profile, require_within
 from forgetrain.train.recheck import Recheck
 from forgetrain.train.saving import Saver
 from forgetrain.train.speed import Speed
 from forgetrain.train.spikes import Spikes, first_grown, sizes_of_taps
 from forgetrain.train.stages import mean_length, require_every_length, require_same_past, tokens_by_length
 from forgetrain.train.stop import SAVE_FAILED, Stop
+from forgetrain.train.tracking import Tracker
 from forgetrain.train.verified import ChosenEngine, choose_engine
 from forgetrain.train.world import World, start_world
 
@@ -61,6 +67,10 @@ def train(
     resume: bool = False,
     restart: bool = False,
     stop_after: int | None = None,
+    dry_run: bool = False,
+    profile_steps: tuple[int, int] | None = None,
+    init_from: Path | None = None,
+    check_initial: CheckInitial | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Trains a target and returns its summary, which is also ``runs/<target>/train/summary.json``.
@@ -69,6 +79,9 @@ def train(
     unverified: take an engine file that no gate has passed. resume: go on from the newest good checkpoint, or start
     when there is none. restart: throw the run's checkpoints and metrics away first. stop_after: stop after so many
     steps, as an interruption would; the schedule is still the target's.
+    dry_run: check everything before the first step, and return the plan (``preflight``). profile_steps: the first and
+    last step that torch.profiler records. init_from: a Hugging Face folder with the weights of step 0; check_initial
+    compares them with transformers' model, and its figures go into run.json.
 
     Under torchrun every rank calls it. SIGTERM, SIGINT, SIGUSR1, SIGUSR2 and ``train.deadline`` stop the run after a
     step with a checkpoint; the summary's ``interrupted`` then names which.
@@ -83,21 +96,38 @@ def train(
         world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:
             console = Console(quiet=True)
-        if restart:
+        if restart and not dry_run:
             world.first(lambda: _clear(run))
         chosen = world.first(lambda: choose_engine(target, run, engine, unverified=unverified))
         world.first(lambda: _check_data(target, run))
         data = open_data(run / "data", target, verify=False)
-        found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
+        found = None
+        if not (restart and dry_run):
+            found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
+        first_step, last = found.step if found else 0, min(stop_after or target.recipe.steps, target.recipe.steps)
         loader = Loader(data, target, rank=world.rank, world=world.size, device=world.device)
-        job = Job(target, run, world, console, chosen, data, loader)
-        job.start(found)
+        if profile_steps is not None:
+            require_within(profile_steps, first_step, last)
+        checks = check_machine(target, run, world)
+        initial = find_initial(target, run, init_from, found)
+        if initial is not None and found is None:
+            initial.require_tokenizer(data)
+        if dry_run:
+            chosen.build(target, device=world.device, mesh=world.mesh)
+            plan = plan_of(target, run, loader, chosen, world, first_step)
+            return plan | {"checks": [check._asdict() for check in checks]}
+        if found is not None:
+            world.first(lambda: checkpoint.put_aside_after(run / "checkpoints", found.step))
+        job = Job(target, run, world, console, chosen, data, loader, initial)
+        if profile_steps is not None and world.rank == 0:
+            job.profile = Profile(profile_steps, run / "train" / "profile", console)
+        job.start(found, check_initial)
         settings = target.train
         with (
             Stop(world, settings.deadline_seconds) as stop,
             Saver(job.root, world, settings) as saver,
         ):
-            return job.run_steps(stop, saver, min(stop_after or target.recipe.steps, target.recipe.steps))
+            return job.run_steps(stop, saver, last)
 
 
 def _clear(run: Path) -> None:
@@ -125,7 +155,6 @@ def _find_start(
         require_same_past(found, stages_of(target), target)
         if (before := found.manifest["engine"])["sha256"] != chosen.sha256:
             say(console, f"resuming with the engine {chosen.name}, before it was {before['name']}")
-        checkpoint.put_aside_after(root, found.step)
     return found
 
 
@@ -171,9 +200,13 @@ class Job:
     chosen: ChosenEngine
     data: DataFolder
     loader: Loader
+    initial: FolderWeights | None = None  # None draws them from the recipe's seed
+    init_from: dict[str, Any] | None = None
+    profile: Profile | None = None
+    tracker: Tracker | None = None
     step: int = 0  # steps taken
     seconds: float = 0.0  # of steps, over all resumes
-    held_out: dict[int, float] = field(default_factory=dict)
+    held_out: dict[int, HeldOut] = field(default_factory=dict)
     last: Measured | None = None
     engine: Engine = field(init=False)
     health: Health = field(init=False)
@@ -186,22 +219,14 @@ class Job:
     def root(self) -> Path:
         return self.run / "checkpoints"
 
-    def start(self, found: checkpoint.Checkpoint | None) -> None:
+    def start(self, found: checkpoint.Checkpoint | None, check_initial: CheckInitial | None = None) -> None:
         """Builds the engine, with initial weights or those of a checkpoint, and opens the journal."""
         target = self.target
-        learning_rate(target.recipe, target.recipe.steps)  # a schedule that cannot be is refused before the first step
-        module = self.chosen.load()
-        deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
-        if deterministic:
-            make_deterministic(target.hardware.threads)
-        try:
-            self.engine = module.build(
-                target.plain(), device=self.world.device, precision=target.precision.dtype, mesh=self.world.mesh
-            )
-        except ValueError as error:
-            raise UserError(
-                f"refuses the target: {error}", file=self.chosen.name, remedy="align this target"
-            ) from error
+        self.engine, deterministic = self.chosen.build(target, device=self.world.device, mesh=self.world.mesh)
+        self.init_from = None if found is None else found.manifest.get("init_from")
+        if (initial := self.initial) is not None:
+            self.init_from = self.world.first(lambda: compared(target, initial, self.chosen, check_initial))
+            say(self.console, described(self.init_from))
         self._restore(found)
         require_every_length(self.engine, self.loader.stages, target, device=self.world.device, name=self.chosen.name)
         past = {} if found is None else found.manifest
@@ -213,7 +238,8 @@ class Job:
         )
         self.held_out = self.world.first(self._past_losses)
         if self.world.rank == 0:
-            self.journal = Journal(self.run / "train", self.step)
+            self.tracker = None if train.wandb is None else Tracker(target, self.run / "train")
+            self.journal = Journal(self.run / "train", self.step, self.tracker)
             write_json(self.run / "train" / "run.json", self._facts() | {"resumed_at": self.step or None})
         say(self.console, self._headline())
         self.recheck = Recheck(
@@ -224,14 +250,15 @@ class Job:
 
     def _restore(self, found: checkpoint.Checkpoint | None) -> None:
         """Brings the engine to a checkpoint, or to the beginning."""
-        self.engine.load(initial_weights(self.target.model, self.target.recipe.seed))
+        recipe, initial = self.target.recipe, self.initial
+        weights = initial_weights(self.target.model, recipe.seed) if initial is None else initial.weights()
+        self.engine.load(weights)
         if found is not None:
             checkpoint.load(self.engine, found.path, self.world)
         self.step = self.saved = 0 if found is None else found.step
 
-    def _past_losses(self) -> dict[int, float]:
-        lines = read_journal(self.run / "train" / "metrics.jsonl")
-        return {line["step"]: line["held_out_loss"] for line in lines if line.get("held_out_loss") is not None}
+    def _past_losses(self) -> dict[int, HeldOut]:
+        return past_evaluations(self.run / "train" / "metrics.jsonl", self.data.sources[0].name)
 
     def run_steps(self, stop: Stop, saver: Saver, last: int) -> dict[str, Any]:
         """Steps until ``last``, or until something asks to stop; then the summary."""
@@ -246,10 +273,14 @@ class Job:
         if self.saved != self.step or not self.saved:
             self._save(saver)
         saver.wait()
+        if self.profile is not None:
+            self.profile.close()
         summary = self._summary(speed, asked if asked and not finished else None)
         if self.journal is not None:
             self.journal.close()
             write_json(self.run / "train" / "summary.json", summary)
+        if self.tracker is not None:
+            self.tracker.close()
         return summary
 
     def _stretch(self, stop: Stop, saver: Saver, last: int, speed: Speed, display: Display) -> str | Measured:
@@ -261,6 +292,8 @@ class Job:
             step = number - offset
             self._enter(number, began + offset, display)
             lr = learning_rate(recipe, step)
+            if self.profile is not None:
+                self.profile.before(step + 1)
             result = self.recheck.step(self.engine, batch, lr, step + 1)
             if step == began:
                 check_result(result, self.chosen.name)
@@ -314,7 +347,7 @@ class Job:
         self.held_out = {step: loss for step, loss in self.held_out.items() if step <= back_to}
         if self.journal is not None:
             self.journal.close()
-            self.journal = Journal(self.run / "train", back_to)
+            self.journal = Journal(self.run / "train", back_to, self.tracker)
         first, end = self.spikes.rollbacks[-1]["batches_left_out"]
         display.say(
             f"step {spike.step}: loss {spike.loss:.4f}, spike {self.spikes.repeats} in a row; back to step {back_to}, "
@@ -369,7 +402,8 @@ class Job:
             )
         numbers = f"loss {measured.loss:.4f}  lr {measured.lr:.2e}  norm {measured.grad_norm:.3f}"
         skipped = f"  skipped {self.health.skipped}" if self.health.skipped else ""
-        display.show(measured.step, f"{numbers}  {speed.text(rate, speed.length_at(measured.step))}{skipped}")
+        data = f"  data {self.loader.epoch_at(measured.step + self.spikes.offset):.2f}{memory_left(self.world.device)}"
+        display.show(measured.step, f"{numbers}  {speed.text(rate, speed.length_at(measured.step))}{data}{skipped}")
         if over:
             folder = self.run / "train" / f"evidence-{measured.step:08d}"
             batch = self.loader.batch_at(measured.step - 1 + self.spikes.offset)
@@ -384,17 +418,16 @@ class Job:
             )
 
     def _evaluate(self, display: Display, limit: int | None) -> None:
-        total = counted = 0.0
-        for batch, weight in self.loader.held_out(limit):
-            loss = float(self.engine.loss(batch))  # every rank calls it: an engine may speak with the others in it
-            total, counted = total + (loss * weight if weight else 0.0), counted + weight
-        total, counted = self.world.sum(total, counted)
-        loss = total / counted
-        self.held_out[self.step] = loss
+        held_out = self.held_out[self.step] = evaluate(self.engine, self.loader, self.world, limit)
         if self.journal is not None:
-            self.journal.write(self.step, held_out_loss=loss)
+            self.journal.write(self.step, **held_out.line())
+        each = "".join(f"  {name} {loss:.4f}" for name, loss in held_out.by_source.items())
         unigram = self.data.manifest["unigram_loss"]["held_out"]
-        display.say(f"step {self.step}: held-out loss {loss:.4f}  (a unigram model of the same tokens: {unigram:.4f})")
+        display.say(
+            f"step {self.step}: held-out loss {held_out.loss:.4f}  (a unigram model of the same tokens: {unigram:.4f})"
+        )
+        if len(held_out.by_source) > 1:
+            display.say(f"  of each source:{each}")
 
     def _save(self, saver: Saver) -> None:
         facts = self._facts() | {"seconds": self.seconds, "skipped": self.health.skipped, "spikes": self.spikes.kept()}
@@ -405,11 +438,11 @@ class Job:
     def _facts(self) -> dict[str, Any]:
         """What a run is a function of; in run.json and in every checkpoint."""
         device = self.target.hardware.device
-        return {
+        return ({} if self.init_from is None else {"init_from": self.init_from}) | {
             "forgetrain": forgetrain.__version__,
             "target": self.target.plain(),
             "data": self.data.sha256,
-            "engine": {"name": self.chosen.name, "sha256": self.chosen.sha256, "status": self.chosen.status},
+            "engine": self.chosen.facts(),
             "environment": fingerprint(device=device, threads=self.target.hardware.threads, ranks=self.world.size),
         }
 
@@ -432,23 +465,26 @@ class Job:
         state = self.engine.state()
         whole = all(tuple(s.tensor.shape) == tuple(s.global_shape) for s in state.values())
         rate = tokens / self.seconds if self.seconds else math.nan
+        held_out = self.held_out.get(self.step)
         return {
             "target": self.target.name,
             "steps": self.step,
             "finished": self.step >= recipe.steps,
             "interrupted": interrupted,
             "loss": self.last.loss if self.last else None,
-            "held_out_loss": self.held_out.get(self.step),
+            "held_out_loss": held_out.loss if held_out else None,
+            "held_out_losses": held_out.by_source if held_out else None,
             "unigram_loss": self.data.manifest["unigram_loss"]["held_out"],
             "tokens": tokens,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(rate, 1),
             **speed.shares(rate, mean_length(by_length)),
+            "peak_memory_bytes": max(self.world.gather(peak_memory(self.world.device))),
             "skipped_steps": self.health.skipped,
             "spikes": self.spikes.total,
             "rollbacks": self.spikes.rollbacks,
             "ranks": self.world.size,
-            "engine": {"name": self.chosen.name, "sha256": self.chosen.sha256, "status": self.chosen.status},
+            "engine": self.chosen.facts(),
             "weight_sha256": weight_hash(state) if whole else None,
             "checkpoint": str(checkpoint.folder_of(self.root, self.step)),
             "metrics": str(self.run / "train" / "metrics.jsonl"),

@@ -27,6 +27,12 @@ def free_device_memory(device: str) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_memory()
 
 
+def memory_left(device: str) -> str:
+    """For the progress line; empty where the system does not say."""
+    free = free_device_memory(device)
+    return "" if free is None else f"  {free / 2**30:.1f} GiB free"
+
+
 def peak_memory(device: str) -> int:
     """The most bytes that this process held at once so far: of tensors on the GPU, or on a CPU of the whole process."""
     if device.startswith("cuda"):
