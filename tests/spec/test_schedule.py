@@ -34,3 +34,18 @@ def test_cosine_and_constant():
 def test_exponential_decay_to_zero_is_refused():
     with pytest.raises(UserError, match=r"recipe\.min_lr"):
         learning_rate(recipe(decay="exponential", decay_steps=20, min_lr=0.0), 90)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"decay": "linear"}, {0: 0.25, 3: 1.0, 11: 1.0, 12: 1.0, 13: 0.8875, 16: 0.55, 19: 0.2125, 20: 0.1}),
+        ({"decay": "exponential"}, {12: 1.0, 13: 10**-0.125, 16: 10**-0.5, 19: 10**-0.875, 20: 0.1}),
+        ({"decay": "1-sqrt"}, {12: 1.0, 14: 0.55, 20: 0.1, 13: 0.1 + 0.9 * (1 - 8**-0.5)}),
+        ({"schedule": "cosine"}, {3: 1.0, 4: 1.0, 8: 0.55 + 0.45 * 0.5**0.5, 12: 0.55, 20: 0.1}),
+        ({"schedule": "constant"}, {0: 0.25, 4: 1.0, 20: 1.0}),
+    ],
+)
+def test_closed_form_values(changes, expected):
+    r = recipe(steps=20, warmup_steps=4, decay_steps=8, **changes)
+    assert {step: learning_rate(r, step) for step in expected} == pytest.approx(expected, rel=1e-12)

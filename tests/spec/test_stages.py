@@ -4,8 +4,8 @@ import pytest
 
 from forgetrain.errors import UserError
 from forgetrain.spec.estimate import memory
-from forgetrain.spec.stages import stage_at, stages_of, steps_before, taken_before, tokens_before
-from forgetrain.spec.target import parse_target
+from forgetrain.spec.stages import resolve, stage_at, stages_of, steps_before, taken_before, tokens_before
+from forgetrain.spec.target import StageSpec, parse_target
 from forgetrain.spec.toml import to_toml
 from tests.tiny import tiny_target
 
@@ -73,3 +73,10 @@ def test_a_target_with_stages_survives_its_own_text():
 def test_stages_that_cannot_be_are_refused(stages, problem):
     with pytest.raises(UserError, match=problem):
         staged(*stages)
+
+
+def test_stages_are_a_ramp_of_the_batch():
+    ramp = [StageSpec(name=str(size), steps=10, batch_size=size) for size in (4, 8, 16)]
+    stages = resolve(ramp, 30, sequence_length=16, batch_size=16)
+    assert [stage_at(stages, step).batch_size for step in (0, 9, 10, 19, 20, 29)] == [4, 4, 8, 8, 16, 16]
+    assert [tokens_before(stages, step) for step in (10, 20, 30)] == [640, 1920, 4480]

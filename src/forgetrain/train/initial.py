@@ -136,14 +136,16 @@ def _require_known(name: str, file: Any, shapes: dict[str, tuple[int, ...]], pat
 CheckInitial = Callable[[Target, FolderWeights, ChosenEngine], dict[str, Any]]
 
 
-def find_initial(target: Target, run: Path, asked: Path | None, found: Checkpoint | None) -> FolderWeights | None:
+def find_initial(
+    target: Target, run: Path, asked: Path | None, found: Checkpoint | None, *, restart: bool = False
+) -> FolderWeights | None:
     """The folder whose weights a run begins with: the one asked for; without a checkpoint to go on from, the one that
     an interrupted run had recorded; None is the recipe's seed. A run with a checkpoint does not need it again."""
     if found is not None:
         return None
     record = run / "train" / "run.json"
     known = read_json(record, "start again with --restart").get("init_from") if record.is_file() else None
-    if asked is None and known is not None:
+    if asked is None and known is not None and not restart:
         initial = FolderWeights(Path(known["folder"]), target)
         if initial.facts()["files"] != known["files"]:
             raise UserError("has changed since the run began", file=initial.folder, remedy="start again with --restart")

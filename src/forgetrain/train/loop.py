@@ -96,26 +96,26 @@ def train(
         world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:
             console = Console(quiet=True)
-        if restart and not dry_run:
-            world.first(lambda: _clear(run))
         chosen = world.first(lambda: choose_engine(target, run, engine, unverified=unverified))
         world.first(lambda: _check_data(target, run))
         data = open_data(run / "data", target, verify=False)
         found = None
-        if not (restart and dry_run):
+        if not restart:
             found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
         first_step, last = found.step if found else 0, min(stop_after or target.recipe.steps, target.recipe.steps)
         loader = Loader(data, target, rank=world.rank, world=world.size, device=world.device)
         if profile_steps is not None:
             require_within(profile_steps, first_step, last)
         checks = check_machine(target, run, world)
-        initial = find_initial(target, run, init_from, found)
+        initial = find_initial(target, run, init_from, found, restart=restart)
         if initial is not None and found is None:
             initial.require_tokenizer(data)
         if dry_run:
             chosen.build(target, device=world.device, mesh=world.mesh)
             plan = plan_of(target, run, loader, chosen, world, first_step)
             return plan | {"checks": [check._asdict() for check in checks]}
+        if restart:  # not before every check has passed
+            world.first(lambda: _clear(run))
         if found is not None:
             world.first(lambda: checkpoint.put_aside_after(run / "checkpoints", found.step))
         job = Job(target, run, world, console, chosen, data, loader, initial)
@@ -131,8 +131,13 @@ def train(
 
 
 def _clear(run: Path) -> None:
-    for folder in (run / "checkpoints", run / "train"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes what an earlier run left; its engine file stays, which this one may have been told to take."""
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    for path in (run / "train").iterdir() if (run / "train").is_dir() else ():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != "engine.py":
+            path.unlink()
 
 
 def _check_data(target: Target, run: Path) -> None:
