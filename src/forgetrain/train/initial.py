@@ -95,7 +95,7 @@ def _require_same_model(folder: Path, model: Model) -> None:
                 file=folder / "config.json",
                 key=key,
                 value=getattr(theirs, key),
-                remedy=f"set model.{key} to it, or draw a target from the folder with forgetrain target",
+                remedy=f"set model.{key} to it, or draw a target with forgetrain target new",
             )
 
 
