@@ -1,3 +1,3 @@
-from forgetrain.numerics.waiting import wait_briefly
+from forgetrain.numerics.runtime import prepare_process
 
-wait_briefly()  # here, since this is imported before any test imports torch
+prepare_process()  # here, since this is imported before any test imports torch

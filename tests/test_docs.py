@@ -85,7 +85,9 @@ def test_every_page_is_in_the_index():
 
 
 def default_of(field):
-    value = field.default if field.default_factory is None else field.default_factory()[0].path
+    value = field.default if field.default_factory is None else field.default_factory()
+    if isinstance(value, list):
+        value = value[0].path if value else None
     if value is PydanticUndefined:
         return "-"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

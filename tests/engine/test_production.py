@@ -13,7 +13,6 @@ PRODUCTION = Plan(
         "schedule": "production",
         "attention_block": "64",
         "head_rows": "256",
-        "update_block": "16384",
         "rope_tables": "fp32",
     }
 )

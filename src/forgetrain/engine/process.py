@@ -34,7 +34,7 @@ from forgetrain.engine.protocol import Channel, Closed, Message, ProtocolError, 
 from forgetrain.errors import UserError
 from forgetrain.numerics.compare import bits
 from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
-from forgetrain.numerics.waiting import WAITING
+from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
@@ -470,7 +470,7 @@ class _Raised(Exception):
 
 def _environment(flat: bool, device: str) -> dict[str, str]:
     base = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} if flat else dict(os.environ)
-    return {**WAITING, **base, **(CUDA_ENVIRONMENT if device == "cuda" else {})}
+    return {**RUNTIME, **base, **(CUDA_ENVIRONMENT if device == "cuda" else {})}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

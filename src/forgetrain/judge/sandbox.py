@@ -25,7 +25,7 @@ from pathlib import Path
 import forgetrain
 from forgetrain.engine.process import SERVE
 from forgetrain.errors import UserError
-from forgetrain.numerics.waiting import WAITING
+from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.target import Target
 
 SCRATCH = 2 << 30  # bytes in /tmp, and as many in /dev/shm and of compiled code: regions take some hundred MiB
@@ -161,7 +161,7 @@ def _arguments(device: str) -> tuple[str, ...]:
         "USER": "forge",  # torch.compile names its cache after the user, who has no entry in a password file here
         "PATH": "/usr/local/cuda/bin:/usr/local/bin:/usr/bin:/bin",
         "PYTHONPATH": str(_SITE),
-        **WAITING,
+        **RUNTIME,
     }
     for name, value in environment.items():
         arguments += ["--setenv", name, value]

@@ -95,3 +95,29 @@ def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> tuple[Tenso
     onehot = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
     d_logits = (torch.exp(wide - log_sum[:, None]) - onehot.float()) * d_nll[:, None]
     return nll, d_logits.to(logits.dtype)
+
+
+def adamw_region(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    rounded: Tensor | None,
+    factor: Tensor,
+    rates: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """AdamW (arXiv 1711.05101) with clipping's factor, in place over flat fp32 buffers, in one pass; ``rounded``
+    receives the new weights in the dtype that products read. rates: fp32 [3], since they change from step to step:
+    lr / (1 - beta1^t), sqrt(1 - beta2^t) and 1 - lr · decay."""
+    grad = g * factor
+    m_new = m + (grad - m) * (1 - beta1)
+    v_new = v * beta2 + grad * grad * (1 - beta2)
+    p_new = p * rates[2] - rates[0] * m_new / (v_new.sqrt() / rates[1] + eps)
+    m.copy_(m_new)
+    v.copy_(v_new)
+    p.copy_(p_new)
+    if rounded is not None:
+        rounded.copy_(p_new)

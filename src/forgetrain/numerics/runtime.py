@@ -1,0 +1,40 @@
+"""How threads wait for each other, and what becomes of freed memory. Imports nothing that imports torch, for the first
+must be decided before that.
+
+By default an OpenMP thread that waits keeps its core busy for milliseconds. Several processes then take each other's
+cores for waiting, and a step takes many times as long. Threads that sleep at once lose a quarter to two fifths of their
+speed on a quiet machine. So they wait busily for some microseconds, then sleep (docs/decisions/004-waiting-threads.md
+has the figures).
+
+glibc gives large blocks back to the kernel when they are freed, and takes fresh pages, which the kernel zeroes, for the
+next ones: a step of nano-cpu then costs 20,000 page faults (docs/decisions/010-kept-memory.md). So it keeps them.
+
+Bits depend on neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_LARGEST = 2**31 - 1  # bytes; what mallopt's int can say
+#: For the environment of a process that will import torch, whose Linux builds bring GNU's OpenMP and use glibc's malloc.
+RUNTIME = {
+    "GOMP_SPINCOUNT": "5000",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(_LARGEST),
+}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def prepare_process() -> None:
+    """The same for this process, unless its user decided otherwise. Waiting is without effect once torch was
+    imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", RUNTIME["GOMP_SPINCOUNT"])
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, int(RUNTIME["MALLOC_MMAP_THRESHOLD_"]))
+        mallopt(_M_TRIM_THRESHOLD, int(RUNTIME["MALLOC_TRIM_THRESHOLD_"]))
