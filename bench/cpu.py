@@ -94,9 +94,7 @@ def contestants(args: argparse.Namespace, target: Target) -> dict[str, Contestan
     log = Path(args.log)
     log.unlink(missing_ok=True)
     return {
-        name: Contestant(
-            kind, python, {"target": plain, "engine": str(args.engine), "mode": mode, "dtype": dtype}, log
-        )
+        name: Contestant(kind, python, {"target": plain, "engine": str(args.engine), "mode": mode, "dtype": dtype}, log)
         for name, (kind, mode, dtype, python) in wanted.items()
     }
 
@@ -144,7 +142,9 @@ def summary(contestant: Contestant, ours: Contestant, target: Target) -> dict:
 
 
 def show(result: dict) -> None:
-    table = Table(title=f"{result['target']}, {result['dtype']}, {result['threads']} threads, {result['rounds']} rounds")
+    table = Table(
+        title=f"{result['target']}, {result['dtype']}, {result['threads']} threads, {result['rounds']} rounds"
+    )
     for column in ("contestant", "ms a step", "tokens/s", "GFLOP/s", "time over the engine's", "quartiles"):
         table.add_column(column, justify="left" if column == "contestant" else "right")
     for name, found in sorted(result["contestants"].items(), key=lambda item: item[1]["step_ms"]):
