@@ -45,8 +45,8 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
         "every op forward and backward by itself, for aligning; or fused regions, blocks and flat buffers, for speed; "
         "or Triton kernels, cuBLAS, cuDNN and CUDA graphs, for speed on a Hopper GPU",
     ),
-    "attention_block": (("32", "64", "128"), "query positions whose scores exist at a time"),
-    "head_rows": (("512", "256", "1024"), "tokens whose logits exist at a time"),
+    "attention_block": (("32", "16", "64", "128"), "query positions whose scores exist at a time"),
+    "head_rows": (("512", "256", "1024", "2048"), "tokens whose logits exist at a time"),
 }
 
 #: What only the hopper schedule decides. A rank names an algorithm of cuBLASLt, counted from its own best guess.

@@ -18,7 +18,7 @@ import ctypes
 import os
 
 _LARGEST = 2**31 - 1  # bytes; what mallopt's int can say
-#: For the environment of a process that will import torch, whose Linux builds bring GNU's OpenMP and use glibc's malloc.
+#: For the environment of a process that will import torch, whose Linux builds use GNU's OpenMP and glibc's malloc.
 RUNTIME = {
     "GOMP_SPINCOUNT": "5000",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
