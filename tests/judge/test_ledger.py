@@ -81,6 +81,39 @@ def test_what_failed_cannot_be_elected(ledger):
     assert ledger.champion(target) is None
 
 
+def test_a_champion_that_failed_is_deposed_once(ledger):
+    target = ledger.add_target(tiny_target())
+    for name in (b"first", b"second"):
+        judging = ledger.begin_judging(target, ledger.add_candidate(target, name), environment={})
+        ledger.end_judging(judging, passed=True, sandboxed=True)
+        ledger.elect(judging)
+    with pytest.raises(ValueError, match="did not fail"):
+        ledger.depose(judging)
+    first, second = (ledger.files.add(name) for name in (b"first", b"second"))
+    lost = ledger.begin_judging(target, second, environment={}, purpose="verification")
+    with pytest.raises(ValueError, match="did not fail"):
+        ledger.depose(lost)
+    ledger.end_judging(lost, passed=False, sandboxed=True)
+    assert ledger.champion(target)["candidate"] == second
+    for _ in range(2):
+        ledger.depose(lost)
+        assert ledger.champion(target)["candidate"] == first
+    other = ledger.begin_judging(target, second, environment={}, purpose="verification")
+    ledger.end_judging(other, passed=False, sandboxed=True)
+    with pytest.raises(ValueError, match="not the champion's"):
+        ledger.depose(other)
+
+
+def test_a_ledger_of_the_first_version_goes_on(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        target = ledger.add_target(tiny_target())
+        ledger._connection.execute("DROP TABLE depositions")
+        ledger._connection.execute("PRAGMA user_version = 1")
+    with Ledger(tmp_path) as ledger:
+        assert ledger.champion(target) is None
+        assert ledger.query("SELECT * FROM depositions") == []
+
+
 def test_interrupted_work_is_counted_and_closed(ledger):
     target = ledger.add_target(tiny_target())
     attempt = ledger.begin_attempt(target, proposer="agent")

@@ -12,6 +12,8 @@ off counts with what it had cost, and no candidate is judged twice. One loop wor
 from __future__ import annotations
 
 import difflib
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetrain.durable import new_folder, read_json, write_json
+from forgetrain.durable import new_folder, read_json, sha256_file, write_json
 from forgetrain.engine.plan import Plan
 from forgetrain.forge.proposers.base import Attempt, Brief, Budget, NoProposal, Proposal, Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.forge.refs import keep_commit
-from forgetrain.forge.standing import known_gains
+from forgetrain.forge.standing import attempts_since_verification, moved, standing
 from forgetrain.forge.stuck import ELECTED, rung
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.ledger import Ledger
@@ -50,7 +52,8 @@ class Champion:
 
 @dataclass
 class LoopOutcome:
-    """ended: why, in words. verified: whether the champion passed when it was judged again at the end."""
+    """ended: why, in words. verified: whether a champion passed when it was judged again at the end; None when the
+    aligned engine was champion."""
 
     champion: str
     gain: float
@@ -90,8 +93,13 @@ class Loop:
         self.proposer, self.catalogue, self.say = proposer, catalogue, say
         self.allow_unsandboxed = allow_unsandboxed
         self.key = ledger.add_target(target)
-        self.environment = fingerprint(device=judge.device, threads=target.hardware.threads)
+        # speed, unlike bits, depends on the cores beside those that the threads use
+        self.environment = {
+            **fingerprint(device=judge.device, threads=target.hardware.threads),
+            "cores": len(os.sched_getaffinity(0)),
+        }
         self.first_failure: str | None = None
+        self._attempt_began: tuple[str, float] | None = None
 
     def run(self) -> LoopOutcome:
         """Until the budget is spent, the proposer has nothing more, or the ladder says stop.
@@ -104,11 +112,8 @@ class Loop:
             ended = None
             while ended is None:
                 ended = self._attempt()
-            outcome = self._outcome(ended)
-            if outcome.elections:
-                self._verify(outcome)
-                outcome.folder = self._write(outcome)
-        return outcome
+            self._attempt_began = None
+            return self._verified(ended)
 
     def submit(self, proposal: Proposal, name: str = "submit") -> LoopOutcome:
         """One candidate that a person or an agent brings, through the same gates; it counts as an attempt, but no
@@ -118,13 +123,9 @@ class Loop:
             UserError: a loop works on this target, or the reference failed.
         """
         with self._claimed():
-            id, began = self.ledger.begin_attempt(self.key, proposer=name), time.monotonic()
+            id, began = self._begin(name)
             elected, reason = self._conclude(id, began, proposal, self.champion(), name)
-            outcome = self._outcome(reason)
-            if elected == "accepted":
-                self._verify(outcome)
-                outcome.folder = self._write(outcome)
-        return outcome
+            return self._verified(reason) if elected == "accepted" else self._outcome(reason)
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -140,11 +141,8 @@ class Loop:
     def champion(self) -> Champion:
         row = self.ledger.champion(self.key)
         assert row is not None
-        ratios = self.ledger.query("SELECT ratio FROM elections WHERE target = ? AND ratio IS NOT NULL", (self.key,))
-        gain = 1.0
-        for earlier in ratios:
-            gain *= earlier["ratio"]
-        return Champion(row["candidate"], self._source(row["candidate"]), gain)
+        gain = standing(self.ledger, self.key, self.environment).champion
+        return Champion(row["candidate"], self._source(row["candidate"]), gain or 1.0)
 
     def _source(self, digest: str) -> str:
         return self.ledger.files.read(digest).decode()
@@ -177,7 +175,7 @@ class Loop:
 
     def _remember(self) -> None:
         """Tells the catalogue what the ledger knows, so that it proposes nothing twice and builds on what helped."""
-        gains = known_gains(self.ledger, self.key)
+        gains = standing(self.ledger, self.key, self.environment).gains
         for digest in sorted(self._judged()):
             self.catalogue.tell(self._source(digest), gains.get(digest))
 
@@ -213,10 +211,10 @@ class Loop:
         if step.stop:
             return f"stuck: {len(history)} attempts, none elected since long; last: {history[-1]['reason']}"
         proposer = self.catalogue if step.catalogue else self.proposer
+        id, began = self._begin(proposer.name)
         champion = self.champion()
         parent = self._other_parent(champion) if step.other_parent else champion
         brief = self._brief(parent, budget, history, step.notes)
-        id, began = self.ledger.begin_attempt(self.key, proposer=proposer.name), time.monotonic()
         answer = proposer.propose(brief)
         self.ledger.spend(id, seconds=time.monotonic() - began, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
         if isinstance(answer, NoProposal):
@@ -225,6 +223,28 @@ class Loop:
             return answer.reason if answer.exhausted else None
         self._conclude(id, began, answer, parent, proposer.name)
         return None
+
+    def _begin(self, name: str) -> tuple[str, float]:
+        """Counts an attempt; returns its id and when it began. A champion whose turn it is is judged again first, at
+        this attempt's cost."""
+        due = self._due()
+        id, began = self.ledger.begin_attempt(self.key, proposer=name), time.monotonic()
+        self._attempt_began = id, began
+        if due is not None:
+            self.say(f"{due}: it is judged again, against the aligned engine")
+            self._verify_champion(f"verification-{id}")
+        return id, began
+
+    def _due(self) -> str | None:
+        """Why the champion has to be judged again now, or None."""
+        row = self.ledger.champion(self.key)
+        if row is None or row["candidate"] == self.baseline:
+            return None
+        change = moved(self.ledger, self.key, row["candidate"], self.environment)
+        if change is not None:
+            return f"the champion's times are from elsewhere ({change}) and count no more"
+        count = attempts_since_verification(self.ledger, self.key)
+        return f"{count} attempts since the champion was verified" if count >= self.target.search.verify_every else None
 
     def _conclude(self, id: str, began: float, proposal: Proposal, parent: Champion, name: str) -> tuple[str, str]:
         """Judges what was proposed and ends the attempt; returns its outcome and why."""
@@ -240,7 +260,8 @@ class Loop:
     def _other_parent(self, champion: Champion) -> Champion:
         """The champion before this one."""
         rows = self.ledger.query(
-            "SELECT candidate FROM elections WHERE target = ? AND candidate != ? ORDER BY number DESC LIMIT 1",
+            "SELECT candidate FROM elections WHERE target = ? AND candidate != ? "
+            "AND number NOT IN (SELECT election FROM depositions) ORDER BY number DESC LIMIT 1",
             (self.key, champion.digest),
         )
         return Champion(rows[0]["candidate"], self._source(rows[0]["candidate"]), 1.0) if rows else champion
@@ -305,14 +326,21 @@ class Loop:
         return "accepted", f"elected, {detail['ratio']:.3f} times the champion", detail["ratio"]
 
     def _through_gates(
-        self, digest: str, against: Champion | None, purpose: str, gates: list[str] | None
+        self, digest: str, against: Champion | None, purpose: str, gates: list[str] | None, id: str | None = None
     ) -> tuple[Judgement, str]:
-        judging = self.ledger.begin_judging(self.key, digest, environment=self.environment, purpose=purpose)
+        judging = self.ledger.begin_judging(self.key, digest, environment=self.environment, purpose=purpose, id=id)
+
+        def keep(verdict: Verdict) -> None:
+            self.ledger.add_verdict(judging, verdict)
+            if self._attempt_began is not None:  # what was spent until a kill counts
+                attempt, began = self._attempt_began
+                self.ledger.spend(attempt, seconds=time.monotonic() - began)
+
         judgement = self.judge.judge(
             self.ledger.files.path(digest),
             champion=None if against is None else self.ledger.files.path(against.digest),
             gates=gates,
-            on_verdict=lambda verdict: self.ledger.add_verdict(judging, verdict),
+            on_verdict=keep,
         )
         self.ledger.add_samples(judging, judgement.samples)
         self.ledger.end_judging(judging, passed=judgement.passed, sandboxed=judgement.sandboxed)
@@ -325,21 +353,52 @@ class Loop:
         elections = self.ledger.query("SELECT count(*) AS n FROM elections WHERE target = ?", (self.key,))[0]["n"] - 1
         return LoopOutcome(champion.digest, champion.gain, len(self._outcomes()), elections, ended)
 
-    def _verify(self, outcome: LoopOutcome) -> None:
-        """Every gate again on the champion, raced against the aligned engine: the gain in one run."""
-        baseline = Champion(self.baseline, "", 1.0)
-        judgement, _ = self._through_gates(outcome.champion, baseline, "verification", None)
-        outcome.verified = judgement.passed
-        race = next((v for v in judgement.verdicts if v.gate == "G7"), None)
-        if race is not None and race.detail:
-            outcome.gain = race.detail["ratio"]
-        outcome.verification = {
-            "passed": judgement.passed,
-            "speed": judgement.speed,
-            "verdicts": [verdict.as_dict() for verdict in judgement.verdicts],
-        }
-        words = "passed every gate again" if judgement.passed else f"FAILED {judgement.first_failure()}"
-        self.say(f"the champion {words}; {outcome.gain:.3f} times the aligned engine")
+    def _verified(self, ended: str) -> LoopOutcome:
+        """The outcome with a champion that passed every gate again, written out; or with none that stands."""
+        if self.ledger.champion(self.key)["candidate"] == self.baseline:  # type: ignore[index]
+            return self._outcome(ended)
+        judgement = self._verify_champion()
+        outcome = self._outcome(ended)
+        outcome.verified = judgement is not None
+        if judgement is not None:
+            outcome.verification = {
+                "passed": True,
+                "speed": judgement.speed,
+                "verdicts": [verdict.as_dict() for verdict in judgement.verdicts],
+            }
+            outcome.folder = self._write(outcome)
+        return outcome
+
+    def _verify_champion(self, id: str | None = None) -> Judgement | None:
+        """Every gate again on the champion, raced against the aligned engine: the gain in one run. One that fails is
+        deposed, and the champion before it has its turn; None when only the aligned engine is left.
+
+        ``id``: of the first judging."""
+        baseline = Champion(self.baseline, self._source(self.baseline), 1.0)
+        while (champion := self.champion()).digest != self.baseline:
+            judgement, judging = self._through_gates(champion.digest, baseline, "verification", None, id)
+            failed = judgement.first_failure()
+            if failed is not None and failed.gate == "G7":  # one slow moment of the machine deposes nobody
+                judgement, judging = self._through_gates(champion.digest, baseline, "verification", None)
+                failed = judgement.first_failure()
+            if failed is None:
+                gain = self.champion().gain
+                self.say(f"the champion passed every gate again; {gain:.3f} times the aligned engine")
+                return judgement
+            self._depose(champion.digest, judging, failed)
+            id = None
+        return None
+
+    def _depose(self, digest: str, judging: str, failed: Verdict) -> None:
+        """The election is taken back, and so is the folder that was written for it; the ledger keeps the engine."""
+        self.ledger.depose(judging)
+        folder = self.runs / self.target.name / "champion"
+        written = folder / "engine.py"
+        if written.is_file() and sha256_file(written) == digest:
+            shutil.rmtree(folder)
+        before = self.champion().digest
+        whom = "the aligned engine" if before == self.baseline else before[:12]
+        self.say(f"champion {digest[:12]} FAILED {failed.gate} when judged again and is deposed; {whom} is champion")
 
     def _write(self, outcome: LoopOutcome) -> Path:
         """The champion as a folder: the engine, its plan where it has one, and its provenance."""

@@ -1,39 +1,83 @@
-"""How candidates stand to the aligned engine, read from the ledger."""
+"""How candidates stand to the aligned engine, read from the ledger. Order is that of the judgings' numbers, because a
+clock may step back. Times of another environment are not compared with those of this one."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from forgetrain.judge.ledger import Ledger
 
+_JUDGINGS = """
+SELECT j.candidate, j.purpose, j.environment, j.passed, v.pass AS won, v.detail,
+    e.number AS elected, d.election AS deposed
+FROM judgings j
+LEFT JOIN verdicts v ON v.judging = j.id AND v.gate = 'G7'
+LEFT JOIN elections e ON e.judging = j.id
+LEFT JOIN depositions d ON d.judging = j.id
+WHERE j.target = ? ORDER BY j.number
+"""
 
-def known_gains(ledger: Ledger, target: str) -> dict[str, float]:
-    """Candidate → speed against the aligned engine, as it was told when the candidate was judged: the ratio of its
-    last race that decided something (a G7 that failed, or a confirmation), times the gain of its opponent, the
-    champion of that time. Candidates that lost at another gate have no figure and are left out.
 
-    Args:
-        target: the target's key in the ledger.
-    """
-    races = ledger.query(
-        "SELECT j.number, j.candidate, v.detail FROM verdicts v JOIN judgings j ON j.id = v.judging "
-        "WHERE j.target = ? AND v.gate = 'G7' AND (j.purpose = 'confirmation' OR (j.purpose = 'gates' AND NOT v.pass)) "
-        "ORDER BY j.number",
-        (target,),
-    )
-    elections = ledger.query(
-        "SELECT j.number, e.ratio FROM elections e JOIN judgings j ON j.id = e.judging "
-        "WHERE e.target = ? AND e.ratio IS NOT NULL",
-        (target,),
-    )
+@dataclass(frozen=True)
+class Standing:
+    """Speeds against the aligned engine, as measured in one environment. gains: of candidates, each from the last race
+    that decided something; those that lost at another gate have none. champion: None when its speed is not known."""
+
+    gains: dict[str, float]
+    champion: float | None
+
+
+def standing(ledger: Ledger, target: str, environment: Mapping[str, Any]) -> Standing:
+    """``target``: its key in the ledger. A race that failed, or a confirmation, gives its ratio times the gain of the
+    champion of that time; a verification is raced against the aligned engine and gives the champion's gain itself."""
     gains: dict[str, float] = {}
-    for race in races:
-        ratio = (json.loads(race["detail"]) or {}).get("ratio")
-        if ratio is None:
-            continue
-        for election in elections:
-            # by the judgings' numbers, not by time: a clock may step back
-            if election["number"] < race["number"]:
-                ratio *= election["ratio"]
-        gains[race["candidate"]] = ratio
-    return gains
+    champions: list[float | None] = []  # the gain of each champion that stands, the present one last
+    for row in ledger.query(_JUDGINGS, (target,)):
+        ratio = _ratio(row) if json.loads(row["environment"]) == dict(environment) else None
+        if row["purpose"] == "verification":
+            if row["passed"] and ratio is not None and champions:
+                champions[-1] = ratio
+            if row["deposed"] is not None:
+                champions.pop()
+        elif row["purpose"] == "aligned":
+            champions.append(1.0)
+        else:
+            champion = champions[-1] if champions else None
+            gain = None if ratio is None or champion is None else ratio * champion
+            if gain is not None and (row["purpose"] == "confirmation" or not row["won"]):
+                gains[row["candidate"]] = gain
+            if row["elected"] is not None:
+                champions.append(gain)
+    return Standing(gains, champions[-1] if champions else None)
+
+
+def _ratio(judging: dict[str, Any]) -> float | None:
+    return None if judging["detail"] is None else (json.loads(judging["detail"]) or {}).get("ratio")
+
+
+def moved(ledger: Ledger, target: str, candidate: str, environment: Mapping[str, Any]) -> str | None:
+    """What of the environment has changed since the candidate was last raced, in words, or None."""
+    rows = ledger.query(
+        "SELECT j.environment FROM judgings j JOIN verdicts v ON v.judging = j.id AND v.gate = 'G7' "
+        "WHERE j.target = ? AND j.candidate = ? AND j.sandboxed IS NOT NULL ORDER BY j.number DESC LIMIT 1",
+        (target, candidate),
+    )
+    there = json.loads(rows[0]["environment"]) if rows else {}
+    changes = (f"{key} {there.get(key)!r}, here {value!r}" for key, value in environment.items())
+    same = (there.get(key) == value for key, value in environment.items())
+    return next((change for change, equal in zip(changes, same, strict=True) if not equal), None)
+
+
+def attempts_since_verification(ledger: Ledger, target: str) -> int:
+    """Attempts since the loop last judged its champion again to the end; all of them when it never did."""
+    rows = ledger.query(
+        "SELECT count(*) AS n FROM attempts WHERE target = ?1 AND number >= (SELECT coalesce(max(a.number), 0) "
+        # sandboxed is unknown of a judging that a kill cut off
+        "FROM attempts a JOIN judgings j ON j.id = 'verification-' || a.id "
+        "WHERE a.target = ?1 AND j.sandboxed IS NOT NULL)",
+        (target,),
+    )
+    return rows[0]["n"]

@@ -35,7 +35,7 @@ from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.files import Files
 from forgetrain.spec.target import Target
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE targets (
     hash TEXT PRIMARY KEY, name TEXT NOT NULL, plain TEXT NOT NULL, added REAL NOT NULL
@@ -78,7 +78,22 @@ CREATE TABLE elections (
 CREATE INDEX attempts_of_target ON attempts (target);
 CREATE INDEX judgings_of_candidate ON judgings (target, candidate);
 """
-TABLES = ("targets", "goldens", "candidates", "attempts", "judgings", "verdicts", "samples", "elections")
+#: What each later version added, so that an older ledger goes on.
+_ADDED = {
+    2: """
+CREATE TABLE depositions (
+    judging TEXT PRIMARY KEY REFERENCES judgings (id), election INTEGER NOT NULL UNIQUE REFERENCES elections (number),
+    added REAL NOT NULL
+);
+"""
+}
+TABLES = ("targets", "goldens", "candidates", "attempts", "judgings", "verdicts", "samples", "elections", "depositions")
+
+#: The election of a target's champion.
+_STANDING = (
+    "SELECT * FROM elections WHERE target = ? AND number NOT IN (SELECT election FROM depositions) "
+    "ORDER BY number DESC LIMIT 1"
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,11 @@ class Ledger:
                 raise UserError("is an SQLite file of something else", file=self.path, remedy="name another folder")
             for statement in _SCHEMA.split(";"):
                 self._connection.execute(statement)
-            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            version = 1
+        for number in range(version + 1, SCHEMA_VERSION + 1):
+            for statement in _ADDED[number].split(";"):
+                self._connection.execute(statement)
+        self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def __enter__(self) -> Ledger:
         return self
@@ -316,6 +335,21 @@ class Ledger:
                 (row["target"], row["candidate"], judging, ratio, low, high, time.time()),
             )
 
+    def depose(self, judging: str) -> None:
+        """Takes back the election of the judged champion, who failed: the champion before it is champion again.
+
+        Raises ValueError when the judging passed or has not ended, or judged no champion."""
+        with self._transaction() as db:
+            row = db.execute("SELECT target, candidate, passed FROM judgings WHERE id = ?", (judging,)).fetchone()
+            if row is None or row["passed"] is None or row["passed"]:
+                raise ValueError(f"judging {judging} did not fail")
+            if db.execute("SELECT 1 FROM depositions WHERE judging = ?", (judging,)).fetchone():
+                return
+            champion = db.execute(_STANDING, (row["target"],)).fetchone()
+            if champion is None or champion["candidate"] != row["candidate"]:
+                raise ValueError(f"judging {judging} is not the champion's")
+            db.execute("INSERT INTO depositions VALUES (?, ?, ?)", (judging, champion["number"], time.time()))
+
     def end_interrupted(self, target: str) -> list[str]:
         """Ends the attempts and judgings that a kill cut off; to be called by the one loop that owns the target.
 
@@ -349,8 +383,8 @@ class Ledger:
         return Spent(row["attempts"], row["seconds"], row["tokens"] or 0, row["dollars"])
 
     def champion(self, target: str) -> dict[str, Any] | None:
-        """The latest election's row (candidate, judging, ratio, low, high), or None."""
-        rows = self.query("SELECT * FROM elections WHERE target = ? ORDER BY number DESC LIMIT 1", (target,))
+        """The row (candidate, judging, ratio, low, high) of the latest election that stands, or None."""
+        rows = self.query(_STANDING, (target,))
         return rows[0] if rows else None
 
     def candidate(self, prefix: str, target: str | None = None) -> dict[str, Any]:

@@ -310,6 +310,7 @@ class Search(Section):
     attempts: Positive = 200
     dollars: Annotated[float, Field(ge=0)] = 0.0
     tokens: Annotated[int, Field(ge=0)] = 0
+    verify_every: Positive = 10  # attempts, after which the champion is judged again
 
 
 class Target(Section):
