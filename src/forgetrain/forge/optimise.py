@@ -133,6 +133,7 @@ class Loop:
         with self.ledger.claim(self.target.name):
             for id in self.ledger.end_interrupted(self.key):
                 self.say(f"attempt {id[:8]} had been cut off; it counts")
+            self.ledger.files.sweep()
             self._adopt_aligned()
             yield
 

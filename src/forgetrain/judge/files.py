@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from forgetrain.durable import no_space_named, sync_folder
 from forgetrain.errors import UserError
 
 
@@ -24,11 +28,18 @@ class Files:
         return self.folder / digest[:2] / digest
 
     def add(self, content: bytes) -> str:
-        """Stores the content unless it is there already, durably, and returns its hash."""
+        """Stores the content unless it is there already, durably, and returns its hash.
+
+        Raises UserError when the disk is full."""
         digest = content_hash(content)
         path = self.path(digest)
         if path.is_file() and path.stat().st_size == len(content):
             return digest
+        with no_space_named(path), self._locked(fcntl.LOCK_SH):
+            self._write(path, content)
+        return digest
+
+    def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         number, temporary = tempfile.mkstemp(dir=path.parent, prefix=".new-")
         try:
@@ -41,12 +52,20 @@ class Files:
         except BaseException:
             os.unlink(temporary)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the name, too, must survive a power cut before the ledger mentions it
-        finally:
-            os.close(folder)
-        return digest
+        sync_folder(path.parent)  # the name, too, must survive a power cut before the ledger mentions it
+
+    def sweep(self) -> None:
+        """Removes what a kill left half written, unless somebody writes just now."""
+        with contextlib.suppress(BlockingIOError), self._locked(fcntl.LOCK_EX | fcntl.LOCK_NB):
+            for path in self.folder.glob("*/.new-*"):
+                path.unlink()
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("a") as lock:
+            fcntl.flock(lock, how)
+            yield
 
     def read(self, digest: str) -> bytes:
         """The content. Raises UserError when it is missing or is not what its name says."""

@@ -202,6 +202,12 @@ class Ledger:
             ) from None
         if code == sqlite3.SQLITE_FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path)) from None
+        if code == sqlite3.SQLITE_IOERR:  # a file-size limit, a spent quota, a disk that breaks
+            raise UserError(
+                f"cannot be read or written: {error}",
+                file=self.path,
+                remedy="see whether the disk is full or broken, then run the command again; what was told is kept",
+            ) from None
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
             raise UserError(f"is no ledger: {error}", file=self.path, remedy="restore it, or move it away") from None
         if code == sqlite3.SQLITE_READONLY:

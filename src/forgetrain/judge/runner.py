@@ -30,6 +30,7 @@ from forgetrain.judge import trials
 from forgetrain.judge.clock import Race
 from forgetrain.judge.hidden import draw_seed
 from forgetrain.judge.sandbox import Sandbox, sandbox
+from forgetrain.judge.scratch import Scratch
 from forgetrain.spec.target import Target
 
 #: Numeric gates in the order of their cost, and the gates of an engine that claims the reference's very bits.
@@ -103,8 +104,8 @@ class Judge:
         self.pool = [draw_seed() for _ in range(target.gates.g5_seeds)]
         self.kept: dict[str, Any] = {}
         self._running: dict[tuple[Any, ...], EngineProcess] = {}
-        self._folder = tempfile.TemporaryDirectory(prefix="forgetrain-judge-")
-        self.known_good = Path(self._folder.name) / "known_good.py"
+        self._scratch = Scratch("judge")
+        self.known_good = self._scratch.path / "known_good.py"
         self.known_good.write_text(write_engine(target, Plan(KNOWN_GOOD)), encoding="utf-8")
 
     def __enter__(self) -> Judge:
@@ -116,7 +117,7 @@ class Judge:
     def close(self) -> None:
         while self._running:
             self._running.popitem()[1].close()
-        self._folder.cleanup()
+        self._scratch.close()
 
     def judge(
         self,
@@ -169,7 +170,7 @@ class Judge:
             raise UserError(f"cannot be read: {error.strerror}", file=file, remedy="name an engine file") from None
         if not content.strip():
             raise UserError("is empty", file=file, remedy="name an engine file")
-        with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
+        with tempfile.TemporaryDirectory(dir=self._scratch.path) as folder:
             frozen = Path(folder) / "engine.py"
             frozen.write_bytes(content)
             frozen.chmod(0o444)
@@ -209,7 +210,7 @@ class Judge:
 
     def _sandbox(self, frozen: Path, digest: str) -> Sandbox:
         """With a folder for compiled code that lives as long as this judge."""
-        cache = Path(self._folder.name) / "compiled" / digest
+        cache = self._scratch.path / "compiled" / digest
         cache.mkdir(parents=True, exist_ok=True)
         return sandbox(frozen, self.target, device=self.device, cache=cache)
 
