@@ -8,6 +8,9 @@ the clock. Each round gives every contestant one block of steps, in an order tha
 figure is the median over all timed steps; a ratio is taken round by round, so that a drift of the machine cancels, and
 given with its quartiles. ``products`` is no trainer: the step's own matrix products alone, the floor of any.
 
+The engine's process is set up as forgetrain sets up its own (forgetrain.numerics.runtime), the peers' as Python starts
+them; with --same-runtime the peers get the engine's settings too, most of all its kept memory.
+
 LitGPT's pins clash with those of the references: give the interpreter of an environment of its own, made by
 ``python -m venv DIR && DIR/bin/pip install torch==2.13.0 litgpt==0.5.13``.
 """
@@ -32,7 +35,7 @@ from forgetrain.spec.estimate import flops_per_token
 from forgetrain.spec.target import Target, load_target
 
 HERE = Path(__file__).resolve().parent
-#: Contestant → (kind, mode, dtypes it runs in for the engine's dtype). In bf16 the peers run pure and under autocast.
+#: Contestant → (kind, mode). In bf16 all but megatron run pure and under autocast.
 PEERS = {
     "megatron": ("megatron", "eager"),
     "transformers": ("transformers", "eager"),
@@ -46,12 +49,12 @@ PEERS = {
 class Contestant:
     """A process that measures when told to."""
 
-    def __init__(self, kind: str, python: str, settings: dict, log: Path):
+    def __init__(self, kind: str, python: str, settings: dict, runtime: dict[str, str], log: Path):
         command = [python, str(HERE / "cpu_contestants.py"), kind, json.dumps(settings)]
         self._log = log.open("a", encoding="utf-8")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env={**os.environ, **RUNTIME},
+            env={**os.environ, **runtime},
         )  # fmt: skip
         self.blocks: list[list[float]] = []
         self.facts = self._answer()
@@ -93,10 +96,12 @@ def contestants(args: argparse.Namespace, target: Target) -> dict[str, Contestan
     wanted["products"] = ("products", "eager", args.dtype, sys.executable)
     log = Path(args.log)
     log.unlink(missing_ok=True)
-    return {
-        name: Contestant(kind, python, {"target": plain, "engine": str(args.engine), "mode": mode, "dtype": dtype}, log)
-        for name, (kind, mode, dtype, python) in wanted.items()
-    }
+    held = {}
+    for name, (kind, mode, dtype, python) in wanted.items():
+        settings = {"target": plain, "engine": str(args.engine), "mode": mode, "dtype": dtype}
+        ours = args.same_runtime or kind in ("engine", "products")
+        held[name] = Contestant(kind, python, settings, RUNTIME if ours else {}, log)
+    return held
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -116,6 +121,7 @@ def measure(args: argparse.Namespace) -> dict:
         "when": time.strftime("%Y-%m-%d", time.gmtime()),
         "engine_sha256": source_hash(Path(args.engine).read_text(encoding="utf-8")),
         "threads": target.hardware.threads,
+        "same_runtime": args.same_runtime,
         "rounds": args.rounds,
         "steps_a_block": args.steps,
         "contestants": {name: summary(held[name], held["engine"], target) for name in held},
@@ -163,6 +169,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--peers", default=",".join(PEERS), help="separated by commas")
     parser.add_argument("--litgpt-python", help="the interpreter of an environment that holds litgpt")
+    parser.add_argument("--same-runtime", action="store_true", help="the peers' processes set up as the engine's")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="timed steps a block")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before the first round; compilation is in them")

@@ -119,7 +119,7 @@ def _module_source(name: str) -> str:
 
 
 def _needs_region(name: str, target: Target) -> bool:
-    return target.model.qk_norm or not name.startswith("head_norm")
+    return name.endswith("_region") and (target.model.qk_norm or not name.startswith("head_norm"))
 
 
 def format_source(text: str) -> str:

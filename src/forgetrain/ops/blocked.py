@@ -41,7 +41,7 @@ def attention_blocked_forward(
 def attention_blocked_backward(
     q: Tensor, k: Tensor, v: Tensor, probabilities: list[Tensor], d_out: Tensor, block: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (d_q_NGSRK, d_k_NGSK, d_v_NGSK) in q's dtype; d_k and d_v are summed over blocks in fp32."""
+    """-> d_q_NGSRK in q's dtype; d_k_NGSK and d_v_NGSK in fp32, as they are summed over blocks."""
     n, groups, s, r, d = q.shape
     q, d_out = q.view(n * groups, s * r, d), d_out.view(n * groups, s * r, d)
     k, v = k.view(n * groups, s, d), v.view(n * groups, s, d)
@@ -56,9 +56,7 @@ def attention_blocked_backward(
         d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
         d_q[:, rows] = torch.bmm(d_scores, k[:, :end])
         d_k[:, :end] += torch.bmm(d_scores.transpose(1, 2), q[:, rows])
-    dtype = q.dtype
-    shape = (n, groups, s, d)
-    return d_q.view(n, groups, s, r, d), d_k.to(dtype).view(shape), d_v.to(dtype).view(shape)
+    return d_q.view(n, groups, s, r, d), d_k.view(n, groups, s, d), d_v.view(n, groups, s, d)
 
 
 def norm_blocked(flat: Tensor, block: int = 4096) -> Tensor:

@@ -53,27 +53,37 @@ def swiglu_backward_region(gate_up: Tensor, d_out: Tensor) -> Tensor:
     return torch.cat((d_gate, d_wide * gate * sigmoid), dim=-1).to(gate_up.dtype)
 
 
-def rope_region(x: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-    """Heads x_NSGRK turned by cos_NSK and sin_NSK and scaled, laid out [N, G, S, R, K]."""
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, :, None, None, :half] * scale, sin[:, :, None, None, :half] * scale
-    first, second = x[..., :half].float(), x[..., half:].float()
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x.dtype).transpose(1, 2).contiguous()
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x_...K turned by the angles whose cosines and sines are given, in fp32; -sin turns back."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def rope_backward_region(d_out: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-    """d_out_NGSRK -> d_x_NSGRK: turned back by the same angles."""
-    half = d_out.shape[-1] // 2
-    cos, sin = cos[:, :, None, None, :half] * scale, sin[:, :, None, None, :half] * scale
-    d_out = d_out.transpose(1, 2)
-    first, second = d_out[..., :half].float(), d_out[..., half:].float()
-    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
-    return turned.to(d_out.dtype).contiguous()
+def rope_region(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q_NSGRK turned and scaled, k_NSGK turned, v_NSGK: -> q_NGSRK, k_NGSK, v_NGSK, as attention reads them. cos and
+    sin are [N, S, K], the same in both halves."""
+    half = q.shape[-1] // 2
+    cos, sin = cos[:, :, None, :half], sin[:, :, None, :half]
+    q_turned = (turned(q, cos[:, :, None], sin[:, :, None]) * scale).to(q.dtype)
+    k_turned = turned(k, cos, sin).to(k.dtype)
+    return q_turned.transpose(1, 2).contiguous(), k_turned.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()
+
+
+def rope_backward_region(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """d_q_NGSRK, d_k_NGSK and d_v_NGSK (the last two in fp32), turned back by the same angles: -> the gradient of the
+    columns [Q, K, V], [N · S, (R + 2) · G · K], in d_q's dtype."""
+    n, _, s, _, size = d_q.shape
+    cos, sin = cos[:, :, None, : size // 2], sin[:, :, None, : size // 2]
+    q_back = turned(d_q.transpose(1, 2), cos[:, :, None], -sin[:, :, None]) * scale
+    k_back = turned(d_k.transpose(1, 2), cos, -sin)
+    parts = [part.reshape(n * s, -1) for part in (q_back, k_back, d_v.transpose(1, 2))]
+    return torch.cat(parts, dim=-1).to(d_q.dtype)
 
 
 def head_norm_region(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """QK-norm: RMSNorm of each head of x_NSGRK over K -> (normed, inverse fp32 [N, S, G, R, 1])."""
+    """QK-norm: RMSNorm of each head of x_NS...K over K -> (normed, inverse fp32 [N, S, ..., 1])."""
     wide = x.float()
     inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (wide * inverse * weight.float()).to(x.dtype), inverse
@@ -84,17 +94,17 @@ def head_norm_backward_region(x: Tensor, inverse: Tensor, weight: Tensor, d_out:
     normed, d_wide = x.float() * inverse, d_out.float()
     d_normed = d_wide * weight.float()
     d_x = inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-    return d_x.to(x.dtype), (d_wide * normed).sum((0, 1, 2, 3))
+    return d_x.to(x.dtype), (d_wide * normed).flatten(0, -2).sum(0)
 
 
-def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits_TV and its gradient at once: -> (nll_T fp32, d_logits_TV in logits' dtype)."""
+def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> Tensor:
+    """Cross-entropy of logits_TV, which its gradient then replaces: -> nll_T fp32."""
     wide = logits.float()
     log_sum = torch.logsumexp(wide, dim=-1)
     nll = log_sum - wide.gather(1, labels[:, None])[:, 0]
     onehot = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
-    d_logits = (torch.exp(wide - log_sum[:, None]) - onehot.float()) * d_nll[:, None]
-    return nll, d_logits.to(logits.dtype)
+    logits.copy_((torch.exp(wide - log_sum[:, None]) - onehot.float()) * d_nll[:, None])
+    return nll
 
 
 def adamw_region(
