@@ -1,13 +1,14 @@
 """The contestants of bench/hopper.py, each in a process of its own: builds a model, then measures when told to.
 
-Requests come as JSON lines on stdin, answers go as JSON lines to stdout. Each contestant does whole optimizer steps at
-the same policy: bf16 weights, fp32 masters, moments and accumulated gradients, clipping at 1 (Liger alone, as people
-run it, keeps bf16 weights only).
+Requests come as JSON lines on stdin, answers go as JSON lines to stdout. Each contestant does whole optimizer steps:
+bf16 weights with fp32 masters, moments and accumulated gradients, clipping at 1; transformers, as people run it, with
+bf16 weights alone or under autocast over fp32 weights.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import json
@@ -131,29 +132,39 @@ def weight_gradient_module() -> types.ModuleType:
     return module
 
 
-def liger_step(settings: dict) -> tuple[Step, Release]:
-    """transformers' Llama with Liger's kernels and cuDNN attention, bf16 weights and AdamW fused, no fp32 masters."""
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
+def transformers_step(settings: dict, *, liger: bool, compiled: bool, pure: bool) -> tuple[Step, Release]:
+    """transformers' Llama with cuDNN attention and AdamW fused: with Liger's kernels or compiled; in pure bf16 (no fp32
+    masters) or under autocast over fp32 weights."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from transformers import LlamaConfig, LlamaForCausalLM
 
     m, recipe = settings["target"]["model"], settings["target"]["recipe"]
-    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, cross_entropy=True)
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, cross_entropy=True)
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     keys += ("head_dim", "vocab_size", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings")
     config = LlamaConfig(**{key: m[key] for key in keys}, rope_theta=m["rope_theta"], use_cache=False)
     config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16 if pure else torch.float32)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=3e-4, betas=(recipe["beta1"], recipe["beta2"]), weight_decay=0.1, fused=True
     )
     tokens, count = random_tokens(settings), settings["micro_batches"]
+    mixed = contextlib.nullcontext() if pure else torch.autocast("cuda", torch.bfloat16)
+
+    def loss_of(part: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=part, labels=part).loss
+
+    compute = torch.compile(loss_of) if compiled else loss_of
 
     def step() -> tuple[torch.Tensor, torch.Tensor]:
         total = torch.zeros((), device="cuda")
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             for part in tokens.chunk(count):
-                loss = model(input_ids=part, labels=part).loss / count
+                with mixed:
+                    loss = compute(part) / count
                 loss.backward()
                 total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe["clip"])
@@ -164,7 +175,13 @@ def liger_step(settings: dict) -> tuple[Step, Release]:
     return step, torch.cuda.empty_cache
 
 
-CONTESTANTS = {"engine": engine_step, "megatron": megatron_step, "liger": liger_step}
+CONTESTANTS: dict[str, Callable[[dict], tuple[Step, Release]]] = {
+    "engine": engine_step,
+    "megatron": megatron_step,
+    "liger": functools.partial(transformers_step, liger=True, compiled=False, pure=True),
+    "liger-autocast": functools.partial(transformers_step, liger=True, compiled=False, pure=False),
+    "compile": functools.partial(transformers_step, liger=False, compiled=True, pure=False),
+}
 SETTLING = 2.5  # seconds of work after which an H200 has reached its power limit
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "liger-kernel")
 
