@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="a file's name in targets/, without .toml")
     parser.add_argument("--engine", type=Path, help="default: engines/TARGET/engine.py")
-    parser.add_argument("--peers", default="", help="comma-separated: megatron, liger, liger-autocast, compile, engine files")
+    parser.add_argument("--peers", default="", help="peers or engine files, separated by commas")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--rounds", type=int, default=4)
