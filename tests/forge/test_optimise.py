@@ -1,11 +1,7 @@
-"""The loop, with a judge whose answers the tests decide: what is elected, what is kept, and what a kill leaves."""
+"""The loop, with a judge whose answers the tests decide: what is elected and what is kept."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,37 +176,3 @@ def test_two_loops_on_one_target_are_one_too_many(tmp_path):
     first, second = loop(target, tmp_path, Script([])), loop(target, tmp_path, Script([]))
     with first.ledger.claim(target.name), pytest.raises(UserError, match="another loop"):
         second.run()
-
-
-CHILD = """
-import sys
-from pathlib import Path
-from tests.forge.test_optimise import Script, Verdicts, loop, prepared
-runs = Path(sys.argv[1])
-sources = [f"speed = {1 + number / 10}\\n" for number in range(1, 30)]
-loop(prepared(runs), runs, Script(sources), Verdicts(seconds=0.02), say=lambda line: print(line, flush=True)).run()
-"""
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_nothing_is_lost_or_counted_twice(tmp_path):
-    target = prepared(tmp_path)
-    for number in range(6):
-        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        child.stdout.readline()  # past the imports
-        time.sleep(0.13 * number)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        with Ledger(tmp_path / "ledger") as ledger:
-            elected = ledger.query("SELECT candidate FROM elections ORDER BY number")
-            assert len({row["candidate"] for row in elected}) == len(elected)
-            for row in elected:
-                assert ledger.files.read(row["candidate"])
-    outcome = loop(target, tmp_path, Script([])).run()
-    with Ledger(tmp_path / "ledger") as ledger:
-        open_ends = ledger.query("SELECT * FROM attempts WHERE outcome IS NULL")
-        assert open_ends == []
-        accepted = ledger.query("SELECT count(*) AS n FROM attempts WHERE outcome = 'accepted'")[0]["n"]
-    # an attempt that was cut off between its election and its end is one that counts as interrupted
-    assert outcome.elections - 6 <= accepted <= outcome.elections
-    assert os.path.isdir(outcome.folder)
