@@ -1,17 +1,14 @@
-import gzip
-import json
-
 import pytest
 
 from forgetrain.data import corpus
-from forgetrain.data.corpus import Rejects, documents, source_files, source_root
+from forgetrain.data.corpus import Reading, documents, source_files, source_root
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Source
 
 
 def read(path, **options):
-    rejects = Rejects()
-    return [(d.name, d.text) for d in documents(Source(path=str(path), **options), rejects)], rejects
+    reading = Reading()
+    return [(d.name, d.text) for d in documents(Source(path=str(path), **options), reading)], reading
 
 
 def test_a_folder_is_read_in_order_of_names(tmp_path):
@@ -50,31 +47,6 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_a_missing_source_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"data\.sources: no such file or folder"):
         read(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-def test_json_lines(tmp_path, compressed):
-    lines = [
-        json.dumps({"body": "one"}),
-        "not json",
-        json.dumps({"other": 1}),
-        json.dumps({"body": ""}),
-        '{"body": "two"}',
-    ]
-    raw = "\n".join(lines).encode()
-    path = tmp_path / ("d.jsonl.gz" if compressed else "d.jsonl")
-    path.write_bytes(gzip.compress(raw) if compressed else raw)
-    found, rejects = read(path, field="body")
-    assert [text for _, text in found] == ["one", "two"]
-    assert rejects.reasons == {"not a JSON line": 1, "no text under 'body'": 1, "empty": 1}
-    assert rejects.names[0] == f"{path.name}:2: not a JSON line"
-
-
-def test_a_truncated_gzip_is_refused(tmp_path):
-    path = tmp_path / "d.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps({"text": "x" * 1000}).encode())[:-10])
-    with pytest.raises(UserError, match="damaged gzip"):
-        read(path)
 
 
 def test_a_large_file_is_cut_at_lines(tmp_path, monkeypatch):

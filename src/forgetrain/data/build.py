@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from forgetrain.data.corpus import STDLIB, Document, Rejects, documents, source_files, source_root
+from forgetrain.data.corpus import STDLIB, Document, Reading, documents, source_files, source_root
 from forgetrain.data.folder import FORMAT, MANIFEST, TOKENIZER, DataFolder, open_data
 from forgetrain.data.indexed import TokenFile, TokenWriter, suffixed
 from forgetrain.data.tokenizer import (
@@ -167,7 +167,7 @@ def _make_tokenizer(target: Target, folder: Path, say: Report) -> TokenizerFolde
         nonlocal done
         for source in sources:
             taken = 0
-            for document, held in _split(documents(source, Rejects()), target):
+            for document, held in _split(documents(source, Reading()), target):
                 if not held:
                     yield document.text
                     taken += len(document.text)
@@ -205,7 +205,7 @@ def _is_held_out(document: Document, target: Target) -> bool:
 def _tokenise(
     number: int, source: Source, target: Target, tokenizer: TokenizerFolder, folder: Path, say: Report
 ) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
-    rejects = Rejects()
+    rejects = Reading()
     tokenizer.tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters, not the end of it
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.path).name) or "source"
     prefixes = {split: folder / f"{number:02d}-{slug}.{split}" for split in ("train", "held-out")}

@@ -1,24 +1,23 @@
-"""Sources of documents: files and folders of text, JSON lines, and the Python standard library.
+"""Sources of documents: files and folders of text or records, data sets, and the Python standard library.
 
-    rejects = Rejects()
-    for document in documents(Source(path="books", glob="**/*.txt"), rejects):
+    reading = Reading()
+    for document in documents(Source(path="books", glob="**/*.txt"), reading):
         document.name, document.text
 
-Documents come in sorted order of their names, so a corpus is the same on every machine that holds the same files. A
-folder's unreadable files are rejected, counted and named; a single file that is no text is refused.
+Documents come in sorted order of their files' names, so a corpus is the same on every machine that holds the same
+files. A folder's unreadable files are rejected, counted and named; a single file that is no text is refused, and so is
+a damaged file of records.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import sysconfig
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from forgetrain.data.sources import HUB, RECORD_FILES, Reading, data_set_records, file_records, is_data_set, text_of
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Source
 
@@ -26,10 +25,8 @@ STDLIB = "python-stdlib"
 #: Folders of the standard library that hold no library: other people's packages, tests, caches.
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 #: A text file is read in pieces of at most this many bytes, cut after a line; each piece is one document. It bounds
-#: the memory that a file larger than it takes.
-PIECE = 32 * 2**20
-#: Rejects beyond this many are counted but not named.
-NAMED_REJECTS = 20
+#: the memory that a file larger than it takes: about 100 bytes a token while it is tokenised.
+PIECE = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -38,25 +35,14 @@ class Document:
     text: str
 
 
-@dataclass
-class Rejects:
-    """What a source held that is no document: how many for each reason, and the first names."""
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    names: list[str] = field(default_factory=list)
-
-    def add(self, name: str, reason: str) -> None:
-        self.reasons[reason] += 1
-        if len(self.names) < NAMED_REJECTS:
-            self.names.append(f"{name}: {reason}")
-
-
 def source_root(source: Source) -> Path:
     return Path(sysconfig.get_path("stdlib")) if source.path == STDLIB else Path(source.path)
 
 
 def source_files(source: Source) -> list[Path]:
-    """The files of a source, sorted. Raises UserError when there are none."""
+    """The files of a source, sorted; none for a data set of the hub. Raises UserError when a folder has none."""
+    if source.path.startswith(HUB):
+        return []
     root = source_root(source)
     if root.is_file():
         return [root]
@@ -65,10 +51,11 @@ def source_files(source: Source) -> list[Path]:
             "no such file or folder",
             key="data.sources",
             value=source.path,
-            remedy=f"name a file, a folder, {STDLIB!r}, or the prefix of .bin and .idx files",
+            remedy=f"name a file, a folder, {STDLIB!r}, {HUB}org/name, or the prefix of .bin and .idx files",
         )
     skipped = STDLIB_SKIPPED if source.path == STDLIB else frozenset()
-    files = [path for path in root.glob(source.glob) if path.is_file() and _wanted(path.relative_to(root), skipped)]
+    pattern = "**/*" if is_data_set(source.path) else source.glob
+    files = [path for path in root.glob(pattern) if path.is_file() and _wanted(path.relative_to(root), skipped)]
     if not files:
         raise UserError(
             f"is an empty corpus: no file matches glob = {source.glob!r}",
@@ -82,33 +69,50 @@ def _wanted(relative: Path, skipped: frozenset[str]) -> bool:
     return not any(part.startswith(".") or part in skipped for part in relative.parts)
 
 
-def documents(source: Source, rejects: Rejects) -> Iterator[Document]:
-    """The documents of a source of text in order.
+def documents(source: Source, reading: Reading) -> Iterator[Document]:
+    """The documents of a source of text in order; ``reading`` says how far it is, and what was rejected.
 
     Raises:
-        UserError: nothing there, or a single file that is binary.
+        UserError: nothing there, a single file that is binary, damaged records, or records without the wanted fields.
     """
+    if is_data_set(source.path):
+        for record in data_set_records(source, reading):
+            if (text := text_of(record, source, source.path, reading)) is not None:
+                yield Document(record.name, text)
+        return
     root = source_root(source)
     single = root.is_file()
-    for path in source_files(source):
+    files = source_files(source)
+    reading.total = sum(path.stat().st_size for path in files)
+    for path in files:
         name = path.name if single else path.relative_to(root).as_posix()
-        if name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _json_lines(path, name, source.field, rejects)
+        if not name.endswith(RECORD_FILES):
+            yield from _text(path, name, single, reading)
             continue
-        if path.stat().st_size == 0:
-            rejects.add(name, "empty")
-        with path.open("rb") as file:
-            for number, piece in enumerate(_pieces(file)):
-                text = _decode(piece)
-                if text is None and single:
-                    raise UserError("is binary, not UTF-8 text", file=path, remedy="name files of text, or .jsonl(.gz)")
-                if text is None:
-                    rejects.add(name, "not UTF-8 text")
-                    break
-                if not text.strip():
-                    rejects.add(name, "empty")
-                    continue
-                yield Document(name if number == 0 else f"{name}#{number}", text)
+        for record in file_records(path, name, source, reading):
+            if (text := text_of(record, source, path, reading)) is not None:
+                yield Document(record.name, text)
+
+
+def _text(path: Path, name: str, single: bool, reading: Reading) -> Iterator[Document]:
+    before = reading.done
+    if path.stat().st_size == 0:
+        reading.reject(name, "empty")
+    with path.open("rb") as file:
+        for number, piece in enumerate(_pieces(file)):
+            text = _decode(piece)
+            if text is None and single:
+                formats = ", ".join(RECORD_FILES)
+                raise UserError("is binary, not UTF-8 text", file=path, remedy=f"name files of text, or {formats}")
+            if text is None:
+                reading.reject(name, "not UTF-8 text")
+                break
+            reading.done += len(piece)
+            if not text.strip():
+                reading.reject(name, "empty")
+                continue
+            yield Document(name if number == 0 else f"{name}#{number}", text)
+    reading.done = before + path.stat().st_size
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
@@ -125,24 +129,3 @@ def _decode(raw: bytes) -> str | None:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
-
-
-def _json_lines(path: Path, name: str, key: str, rejects: Rejects) -> Iterator[Document]:
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                where = f"{name}:{number}"
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    rejects.add(where, "not a JSON line")
-                    continue
-                text = record.get(key) if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    rejects.add(where, f"no text under {key!r}")
-                elif not text.strip():
-                    rejects.add(where, "empty")
-                else:
-                    yield Document(where, text)
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f"is a damaged gzip file ({error})", file=path, remedy="fetch or make it again") from None

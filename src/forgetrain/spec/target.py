@@ -13,6 +13,7 @@ import datetime
 import re
 import tomllib
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -165,17 +166,53 @@ class Hardware(Section):
 
 
 class Source(Section):
-    """One source of documents: a file, a folder, ``python-stdlib``, or Megatron's ``.bin/.idx`` prefix."""
+    """One source of documents: a file, a folder, ``python-stdlib``, ``hf:org/name``, or Megatron's ``.bin/.idx``.
+
+    A record's text is its ``field``, or what ``template`` makes of its fields: ``"{title}\\n{text}"``.
+    """
 
     path: str
     name: str | None = None  # what stages call it; its path when there is none
     weight: Weight = 1.0
     glob: str = "**/*"
-    field: str = "text"
+    field: str | None = None  # "text" when there is no template either
+    template: str | None = None
+    config: str | None = None  # of a Hugging Face data set
+    split: str | None = None  # of a Hugging Face data set, there or on disk; None is "train"
+    revision: str | None = None  # of a Hugging Face data set: the commit that is read
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Source:
+        if self.field is not None and self.template is not None:
+            raise ValueError("field and template are both set; keep exactly one")
+        if self.template is not None:
+            _require_plain_names(self.template)
+        return self
+
+    @property
+    def fields(self) -> list[str]:
+        """The names of the fields that make a record's text, each once, in their order."""
+        if self.template is None:
+            return [self.field or "text"]
+        return list(dict.fromkeys(name for _, name, _, _ in Formatter().parse(self.template) if name is not None))
 
     @property
     def label(self) -> str:
         return self.name or self.path
+
+
+def _require_plain_names(template: str) -> None:
+    """A template holds text and ``{name}`` alone: no attributes, indices, conversions or formats."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template {template!r}: {error}; write a brace of the text twice") from None
+    names = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    if not names:
+        raise ValueError(f"template {template!r} names no field; write one as {{text}}")
+    for name, spec, conversion in names:
+        if not name or spec or conversion or set(name) & set(".["):
+            raise ValueError(f"template {template!r}: a field is written as {{name}}, and nothing else within")
 
 
 class StageSpec(Section):
