@@ -46,7 +46,7 @@ def moments(
 def errors(state: dict[str, Tensor], truth: OracleStep, beta1: float) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for name, wanted in truth.clipped.items():
-        found = state[f"exp_avg/{name}"].double() / (1 - beta1)
+        found = state[f"exp_avg/{name}"].cpu().double() / (1 - beta1)
         pooled = sums.setdefault(kind(name), [0.0, 0.0])
         pooled[0] += float((found - wanted).square().sum())
         pooled[1] += float(wanted.square().sum())
@@ -64,8 +64,7 @@ def compare(target: Target, engine: Path, device: str) -> dict[str, Any]:
         textbook = Path(folder) / "textbook.py"
         textbook.write_text(write_engine(target, Plan.textbook()), encoding="utf-8")
         for precision in ("bf16", "fp32"):
-            with torch.device(device):
-                truth = oracle_step(target, weights, batch, LR, precision=precision)
+            truth = oracle_step(target, weights, batch, LR, precision=precision, device=device)
             torch.cuda.empty_cache()  # of the oracle's float64 activations
             for name, file in (("engine", engine), ("textbook", textbook)):
                 state, loss, norm = moments(file, target, weights, batch, device, precision)

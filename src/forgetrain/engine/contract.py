@@ -95,5 +95,5 @@ def weight_hash(state: Mapping[str, Any]) -> str:
         shard = state[key]
         tensor = getattr(shard, "tensor", shard).detach().to("cpu", torch.float32).contiguous()
         digest.update(key.encode())
-        digest.update(tensor.numpy().astype("<f4", copy=False).tobytes())
+        digest.update(tensor.numpy().astype("<f4", copy=False).reshape(-1).data)
     return digest.hexdigest()

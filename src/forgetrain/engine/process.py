@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from forgetrain.engine import admit, serve, tree
-from forgetrain.engine.contract import Batch, Shard, StepResult
+from forgetrain.engine.contract import Batch, Shard, StepResult, weight_hash
 from forgetrain.engine.printed import Tail
 from forgetrain.engine.protocol import Channel, Closed, Message, ProtocolError, Spec, shape_of
 from forgetrain.errors import UserError
@@ -39,6 +39,7 @@ from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
 SERVE = Path(serve.__file__)
+STATE_KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 _WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
 #: What a stranger's engine sees of this process's environment: where programs, libraries and GPUs are.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
@@ -64,7 +65,7 @@ class EngineProcess:
         module: the path of a flat engine file (ends in .py), run with a minimal environment; or the dotted name of an
             importable module with ``build``, run in this environment.
         precision, device: the target's unless given. threads: of each rank, the target's unless given.
-        ranks: processes; collectives over gloo (cpu) or nccl (cuda).
+        ranks: processes; collectives over nccl where each has a GPU of its own, else over gloo.
         wrap: puts a sandbox's command around the child's command line.
         deterministic: whether torch is asked for deterministic algorithms only.
         guard: whether the child looks, after every request, whether the engine changed what it was given.
@@ -169,11 +170,13 @@ class EngineProcess:
         weights = torch.stack([dict(part)["mask"].double().sum().cpu() for part in parts])
         return (torch.where(weights > 0, losses * weights, 0.0).sum() / weights.sum()).float()
 
-    def state(self) -> dict[str, Shard]:
-        """The whole state as full tensors; shards must cover it exactly, and replicas must be equal bit for bit."""
-        answers = self._ask("state", {}, [[]] * self.ranks, self._admit_state)
+    def state(self, kinds: Sequence[str] = STATE_KINDS) -> dict[str, Shard]:
+        """The state as full tensors; shards must cover it exactly, and replicas must be equal bit for bit. ``kinds``:
+        what of it is wanted."""
+        without = [kind for kind in STATE_KINDS if kind not in kinds]
+        answers = self._ask("state", {"without": without}, [[]] * self.ranks, self._admit_state)
         merged: dict[str, Shard] = {}
-        for name, shape in self._state_shapes().items():
+        for name, shape in self._state_shapes(kinds).items():
             pieces = []
             for answer in answers:
                 tensors = dict(answer.tensors)
@@ -182,6 +185,10 @@ class EngineProcess:
                     pieces.append((tensors[name], tuple(offsets[name])))
             merged[name] = Shard(self._merge(name, shape, pieces), shape, (0,) * len(shape))
         return merged
+
+    def weight_hash(self) -> str:
+        """Of the masters, without the moments' way through host memory."""
+        return weight_hash(self.state(("master",)))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes a state of full tensors (Shards or plain tensors), as ``state()`` returns it."""
@@ -339,9 +346,10 @@ class EngineProcess:
 
     # What arrives must be
 
-    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        kinds = ("master", "exp_avg", "exp_avg_sq")
-        return {**{f"{kind}/{name}": shape for kind in kinds for name, shape in self._shapes.items()}, "step": ()}
+    def _state_shapes(self, kinds: Sequence[str] = STATE_KINDS) -> dict[str, tuple[int, ...]]:
+        of_parameters = [kind for kind in kinds if kind != "step"]
+        shapes = {f"{kind}/{name}": shape for kind in of_parameters for name, shape in self._shapes.items()}
+        return {**shapes, "step": ()} if "step" in kinds else shapes
 
     def _admit_state(self, kind: str, fields: dict[str, Any], specs: list[Spec]) -> None:
         expected = self._state_shapes()

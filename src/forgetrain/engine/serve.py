@@ -101,8 +101,8 @@ class Server:
             torch.backends.cudnn.allow_tf32 = False
         mesh = None
         if self.device == "cuda":
-            self.device = f"cuda:{self.rank}"
-            torch.cuda.set_device(self.rank)
+            self.device = f"cuda:{self.rank % torch.cuda.device_count()}"
+            torch.cuda.set_device(self.device)
         if self.ranks > 1:
             mesh = self._make_mesh(fields["device"], fields["timeout"])
         path = Path(self.module)
@@ -115,8 +115,10 @@ class Server:
 
     def _make_mesh(self, device: str, timeout: float) -> Any:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one host; a sandbox has no other interface
+        # NCCL wants a GPU for each rank; ranks that share one reduce through the host, and a sum of two has one value
+        own = device == "cuda" and self.ranks <= torch.cuda.device_count()
         dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
+            "nccl" if own else "gloo",
             init_method=f"file://{self.store}/rendezvous",
             rank=self.rank,
             world_size=self.ranks,
@@ -148,8 +150,9 @@ class Server:
         self._check_lent()
         return "result", {}, [("loss", loss.cpu())]
 
-    def on_state(self, _: dict[str, Any], __: Mapping[str, Tensor]) -> tuple:
-        state = self.engine.state()
+    def on_state(self, fields: dict[str, Any], _: Mapping[str, Tensor]) -> tuple:
+        out = fields["without"]
+        state = {name: shard for name, shard in self.engine.state().items() if name.partition("/")[0] not in out}
         places = [[name, list(shard.global_shape), list(shard.offsets)] for name, shard in state.items()]
         return "state", {"shards": places}, [(name, shard.tensor) for name, shard in state.items()]
 

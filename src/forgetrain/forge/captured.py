@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from forgetrain.engine.contract import Batch, Shard, weight_hash
+from forgetrain.engine.contract import Batch, Shard
 from forgetrain.engine.process import EngineFailure, EngineProcess
 from forgetrain.forge.collect import ReferenceRejected
 from forgetrain.forge.examine import Examination
@@ -142,7 +142,7 @@ def _trajectory(engine: EngineProcess, record: GoldenRecord, sandboxed: bool) ->
 
 def _step(engine: EngineProcess, batch: Batch, rate: float) -> StepRecord:
     result = engine.step(batch, rate)
-    return StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), weight_hash(engine.state()))
+    return StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), engine.weight_hash())
 
 
 def _weights(truth: Truth) -> dict[str, Tensor]:

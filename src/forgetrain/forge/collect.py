@@ -101,7 +101,7 @@ def steps_of(
     engine.load(weights)
     for step, batch in enumerate(batches):
         result = engine.step(batch, learning_rate(target.recipe, step))
-        yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), weight_hash(engine.state()))
+        yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), engine.weight_hash())
 
 
 def collect(target: Target, folder: Path, report: Report | None = None) -> GoldenRecord:
@@ -119,11 +119,13 @@ def collect(target: Target, folder: Path, report: Report | None = None) -> Golde
     weights = initial_weights(target.model, seed)
     batches = [random_batch(gates, seed, step) for step in range(target.gates.steps)]
     other, skipped = _other_reference(target)
-    # Processes are started ahead of their use: importing a reference takes as long as running it here. They die with
-    # the threads that started them, so the pool lives as long as they do.
+    # On a CPU processes are started ahead of their use: importing a reference takes as long as running it here. They
+    # die with the threads that started them, so the pool lives as long as they do. On a GPU they share its memory.
     with ThreadPoolExecutor(max_workers=2) as pool, ExitStack() as started:
 
         def start(reference: str, **options: Any) -> Callable[[], EngineProcess]:
+            if target.hardware.device == "cuda":
+                return lambda: started.enter_context(EngineProcess(MODULES[reference], gates, **options))
             begun = pool.submit(EngineProcess, MODULES[reference], gates, **options)
             started.callback(lambda: begun.exception() or begun.result().close())
             return begun.result
@@ -132,15 +134,18 @@ def collect(target: Target, folder: Path, report: Report | None = None) -> Golde
         pairs = [start(name, ranks=2), start(name, ranks=2)] if gates.recipe.batch_size % 2 == 0 else []
         in_fp32 = {which: start(which, precision="fp32") for which in (name, other) if which is not None}
         tell(f"{name}, first run", 0.0)
-        one = _whole_run(alone[0](), gates, weights, batches)
+        with alone[0]() as reference:
+            one = _whole_run(reference, gates, weights, batches)
         tell(f"{name}, second run", 0.3)
-        again = _whole_run(alone[1](), gates, weights, batches)
+        with alone[1]() as reference:
+            again = _whole_run(reference, gates, weights, batches)
         runs = {"world size 1": (one.records, again.records)}
         if pairs:
             both = []
             for number, word in enumerate(("first", "second")):
                 tell(f"{name} at world size 2, {word} run", 0.5 + 0.2 * number)
-                both.append(list(steps_of(pairs[number](), gates, batches, weights)))
+                with pairs[number]() as reference:
+                    both.append(list(steps_of(reference, gates, batches, weights)))
             runs["world size 2"] = (both[0], both[1])
         tell("the float64 oracle and the other reference", 0.9)
         errors = _judge_numerics(gates, weights, batches, {which: wait() for which, wait in in_fp32.items()})
@@ -215,7 +220,7 @@ def _whole_run(reference: EngineProcess, target: Target, weights: dict[str, Tens
         began = time.perf_counter()
         result = reference.step(batch, learning_rate(target.recipe, step))
         seconds.append(time.perf_counter() - began)
-        digest = weight_hash(reference.state())
+        digest = reference.weight_hash()
         records.append(StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), digest))
     return _Run({name: truth.tensors[name] for name in truth.names}, records, seconds)
 
@@ -253,7 +258,7 @@ def _judge_numerics(
     clipped, starts = _two_updates(engine, target, weights, batches)
     errors = {}
     for step in range(2):
-        due = oracle_step(target, starts[step], batches[step], 0.0)
+        due = oracle_step(target, starts[step], batches[step], 0.0, device=target.hardware.device)
         errors[f"{name} against the oracle, step {step}"] = relative_errors(clipped[step], due.clipped)
     for other, engine in others:
         theirs, _ = _two_updates(engine, target, weights, batches[:1])

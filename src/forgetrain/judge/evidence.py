@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetrain.engine.contract import Engine, Shard, weight_hash
+from forgetrain.engine.contract import Engine, Shard
+from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g2 import StepRecord
 from forgetrain.judge.hidden import Stream
 from forgetrain.spec.target import Recipe
@@ -18,11 +19,11 @@ from forgetrain.spec.target import Recipe
 State = dict[str, Shard]
 
 
-def trajectory(engine: Engine, stream: Stream, first: int, last: int) -> Iterator[StepRecord]:
+def trajectory(engine: EngineProcess, stream: Stream, first: int, last: int) -> Iterator[StepRecord]:
     """Steps ``first`` to ``last`` - 1 of a stream, each batch sent only when the one before it has been answered."""
     for step in range(first, last):
         result = engine.step(stream.at(step), stream.rate(step))
-        yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), weight_hash(engine.state()))
+        yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), engine.weight_hash())
 
 
 def losses(engine: Engine, stream: Stream, steps: int) -> list[float]:

@@ -70,7 +70,7 @@ def _breaches(
     engine.load(weights)
     start = engine.state()
     yield from _unequal(expected_start(weights, precision), start, "after load")
-    exact = oracle_step(target, weights, batch, lr, precision=precision)
+    exact = oracle_step(target, weights, batch, lr, precision=precision, device=engine.device)
     yield from scalars(exact, {"loss": engine.loss(batch)}, "before training")
     yield from _unequal(_plain(start), engine.state(), "after an evaluation")
     result = engine.step(batch, lr)
@@ -79,7 +79,7 @@ def _breaches(
     if not bool(result.applied) or int(after["step"].tensor) != int(start["step"].tensor) + 1:
         yield "a step with a finite norm was not applied"
     # the same batch again, with other weights: what was remembered by input is wrong now
-    exact = oracle_step(target, masters(after), batch, lr, precision=precision)
+    exact = oracle_step(target, masters(after), batch, lr, precision=precision, device=engine.device)
     yield from scalars(exact, {"loss": engine.loss(batch)}, "on the same batch, after a step,")
     result = engine.step(batch, lr)
     yield from scalars(exact, {"loss": result.loss, "grad_norm": result.grad_norm}, "on the same batch, again,")
@@ -187,7 +187,7 @@ def errors(trial: Trial) -> Iterator[Verdict]:
             theirs = [one_step(reference, *case).clipped(target.recipe) for case in cases]
         pools = ErrorPool(), ErrorPool()
         for case, *found in zip(cases, mine, theirs, strict=True):
-            exact = oracle_step(target, *case, precision=precision)
+            exact = oracle_step(target, *case, precision=precision, device=trial.judge.device)
             due = [(f"{name}#clipped", tensor) for name, tensor in exact.clipped.items()]
             for pool, values in zip(pools, found, strict=True):
                 pool.add_batch(due, values)

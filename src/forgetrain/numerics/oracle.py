@@ -34,15 +34,24 @@ class OracleStep:
 
 
 def oracle_step(
-    target: Target, weights: Mapping[str, Tensor], batch: Any, lr: float, *, precision: str = "fp32", taps: bool = False
+    target: Target,
+    weights: Mapping[str, Tensor],
+    batch: Any,
+    lr: float,
+    *,
+    precision: str = "fp32",
+    taps: bool = False,
+    device: str = "cpu",
 ) -> OracleStep:
-    """The first optimizer step from ``weights`` (canonical names) and zero moments on ``batch``.
+    """The first optimizer step from ``weights`` (canonical names) and zero moments on ``batch``, computed on ``device``
+    and returned on the CPU.
 
     With ``precision`` bf16 the weights are rounded to bf16 first, as the recipe's masters are; nothing else is.
     """
     recipe = target.recipe
-    start = {n: (w.bfloat16() if precision == "bf16" else w).double() for n, w in weights.items()}
-    leaves = {name: weight.clone().requires_grad_() for name, weight in start.items()}
+    start = {n: (w.bfloat16() if precision == "bf16" else w).double().cpu() for n, w in weights.items()}
+    leaves = {name: weight.to(device, copy=True).requires_grad_() for name, weight in start.items()}
+    batch = type(batch)(*(tensor.to(device) for tensor in batch))
     loss, seen = torch.zeros((), dtype=torch.float64), []
     positions, allowed = _documents(target, batch)
     rows = recipe.micro_batch_size
@@ -55,10 +64,10 @@ def oracle_step(
         for tensor in places.values():
             tensor.retain_grad()
         share.backward()
-        loss = loss + share.detach()
+        loss = loss + share.detach().cpu()
         if taps:
             names = [tap.name for tap in forward_taps(target.model)]
-            seen += [(f"{name}#fwd@{number}", places[name].detach()) for name in names]
+            seen += [(f"{name}#fwd@{number}", places[name].detach().cpu()) for name in names]
             seen += [
                 (f"{name}#grad@{number}", _of(places[name])) for name in reversed(names) if name not in ("nll", "loss")
             ]
@@ -77,23 +86,24 @@ def adamw_first(weight: Tensor, grad: Tensor, lr: float, recipe: Any) -> Tensor:
 
 
 def _of(tensor: Tensor) -> Tensor:
-    return torch.zeros_like(tensor).detach() if tensor.grad is None else tensor.grad
+    return (torch.zeros_like(tensor).detach() if tensor.grad is None else tensor.grad).cpu()
 
 
 def _documents(target: Target, batch: Any) -> tuple[Tensor, Tensor]:
     """Positions [N, S] and which key each query may see [N, S, S], from the boundaries of documents."""
     n, s = batch.tokens.shape
-    triangle = torch.ones(s, s, dtype=torch.bool).tril().expand(n, s, s)
-    positions = torch.arange(s).expand(n, s)
+    device = batch.tokens.device
+    triangle = torch.ones(s, s, dtype=torch.bool, device=device).tril().expand(n, s, s)
+    positions = torch.arange(s, device=device).expand(n, s)
     if target.data.documents == "ignore":
         return positions, triangle
-    starts = torch.zeros(n * s, dtype=torch.bool)
+    starts = torch.zeros(n * s, dtype=torch.bool, device=device)
     places = batch.cu_seqlens[batch.cu_seqlens < n * s].long()
     starts[places] = True
     document = starts.cumsum(0).view(n, s)
     if target.data.documents == "mask+reset":
-        last = torch.where(starts, torch.arange(n * s), 0).cummax(0).values
-        positions = (torch.arange(n * s) - last).view(n, s)
+        last = torch.where(starts, torch.arange(n * s, device=device), 0).cummax(0).values
+        positions = (torch.arange(n * s, device=device) - last).view(n, s)
     return positions, triangle & (document[:, :, None] == document[:, None, :])
 
 
@@ -104,7 +114,7 @@ def _forward(
     n, s = tokens.shape
     heads, groups, width = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     scale = 1.0 if model.residual_scale is None else model.residual_scale
-    exponent = torch.arange(0, width, 2, dtype=torch.float64) / width
+    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=tokens.device) / width
     angle = position[..., None].double() * model.rope_theta**-exponent
     cos, sin = angle.cos()[:, :, None, :], angle.sin()[:, :, None, :]
     out: dict[str, Tensor] = {}
