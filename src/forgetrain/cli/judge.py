@@ -142,7 +142,7 @@ def roofline_seconds(target: Target) -> float:
     from forgetrain.spec.estimate import roofline
 
     try:
-        return roofline(target).bound
+        return roofline(target.at_race_shape()).bound
     except UserError as error:
         console.print(f"no roofline: {error}", markup=False, highlight=False, soft_wrap=True)
         return 0.0

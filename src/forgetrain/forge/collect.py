@@ -33,6 +33,7 @@ from forgetrain.golden.batches import random_batch
 from forgetrain.golden.record import GoldenRecord, write_record
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.determinism import fingerprint
+from forgetrain.numerics.device import check_device
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import oracle_step
 from forgetrain.reference import megatron, megatron_shims
@@ -86,6 +87,7 @@ def check_reference(target: Target) -> None:
         )
     if target.reference.name == "megatron":
         megatron.refuse_unsupported(target)
+    check_device(target.hardware)
     environment(target)
 
 
