@@ -29,4 +29,4 @@ def test_a_resumed_run_on_a_gpu_equals_an_uninterrupted_one(tmp_path, dtype):
     resumed, again = run(resume=True)
     assert resumed["weight_sha256"] == whole["weight_sha256"]
     assert again == losses
-    assert 0 < resumed["mfu_causal"] <= resumed["mfu_full"] < 1
+    assert 0 <= resumed["mfu_causal"] <= resumed["mfu_full"] < 1  # of a tiny model, rounded

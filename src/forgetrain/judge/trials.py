@@ -42,7 +42,7 @@ _HELD_OUT = 4  # batches
 _FLOOR = {"fp32": 3.5e-4, "bf16": 0.09}
 _DISTANCE_FACTOR = 3.0
 #: Relative errors of a loss and of a gradient norm, by dtype: for what is grossly wrong, the rest is G4's to find.
-_SCALARS = {"fp32": {"loss": 1e-3, "grad_norm": 5e-3}, "bf16": {"loss": 1e-2, "grad_norm": 5e-2}}
+_SCALARS = {"fp32": {"loss": 1e-3, "grad_norm": 5e-3}, "bf16": {"loss": 2e-2, "grad_norm": 5e-2}}
 
 
 def contract(trial: Trial) -> Iterator[Verdict]:
