@@ -35,8 +35,8 @@ from forgetrain.numerics.device import check_device
 from forgetrain.spec.target import Target
 
 #: Numeric gates in the order of their cost, and the gates of an engine that claims the reference's very bits.
-NUMERIC = ("contract", "G4.update", "G4", "G7", "G8", "G5", "G6")
-BITWISE = ("contract", "G1", "G2", "G3", "G7", "G8")
+NUMERIC = ("contract", "G4.update", "G4", "G7", "G8", "G5", "G6", "G9")
+BITWISE = ("contract", "G1", "G2", "G3", "G7", "G8", "G9")
 
 #: A plan that is right and rounds differently from the textbook one: what honest code may differ by.
 KNOWN_GOOD = {"token_order": "sequence", "qkv": "fused", "gate_up": "fused", "adamw": "torch", "clip": "torch"}
@@ -110,7 +110,8 @@ class Judge:
         self.kept: dict[str, Any] = {}
         self._running: dict[tuple[Any, ...], EngineProcess] = {}
         self._scratch = Scratch("judge")
-        self.known_good = self._scratch.path / "known_good.py"
+        self.scratch = self._scratch.path
+        self.known_good = self.scratch / "known_good.py"
         self.known_good.write_text(write_engine(target, Plan(KNOWN_GOOD)), encoding="utf-8")
 
     def __enter__(self) -> Judge:
@@ -175,7 +176,7 @@ class Judge:
             raise UserError(f"cannot be read: {error.strerror}", file=file, remedy="name an engine file") from None
         if not content.strip():
             raise UserError("is empty", file=file, remedy="name an engine file")
-        with tempfile.TemporaryDirectory(dir=self._scratch.path) as folder:
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
             frozen = Path(folder) / "engine.py"
             frozen.write_bytes(content)
             frozen.chmod(0o444)
@@ -215,7 +216,7 @@ class Judge:
 
     def _sandbox(self, frozen: Path, digest: str) -> Sandbox:
         """With a folder for compiled code that lives as long as this judge."""
-        cache = self._scratch.path / "compiled" / digest
+        cache = self.scratch / "compiled" / digest
         cache.mkdir(parents=True, exist_ok=True)
         return sandbox(frozen, self.target, device=self.device, cache=cache)
 

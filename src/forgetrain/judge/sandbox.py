@@ -38,6 +38,7 @@ _CACHE = Path("/cache")
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
 #: Bits depend on what torch reads here: cores, caches and memory nodes.
 _SYS_CPU = ("/sys/devices/system/cpu", "/sys/devices/system/node")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 _SYS_GPU = ("/sys/bus/pci", "/sys/class", "/sys/devices", "/sys/module/nvidia")
 
 
@@ -74,11 +75,9 @@ def sandbox(
         cache: a folder of this candidate's alone, for compiled code; without bubblewrap compilers use their own.
     """
     device = device or target.hardware.device
-    on_cpu = device == "cpu"
-    budget = memory_gib or (target.hardware.memory_gib if on_cpu else None)
-    memory = int(budget * 2**30) if budget else _total_memory() * 3 // 4
+    memory = _memory(target, device, memory_gib)
     limits = {"FSIZE": SCRATCH, "NOFILE": 4096, "processes": PROCESSES, "resident": memory}
-    if on_cpu:  # CUDA reserves hundreds of GiB of addresses
+    if device == "cpu":  # CUDA reserves hundreds of GiB of addresses
         limits["AS"] = memory + _ADDRESSES
     program, reason = _working_bubblewrap(device)
     if not program:
@@ -103,6 +102,45 @@ def sandbox(
     )
 
 
+def training_sandbox(engine: Path, target: Target, target_file: Path, data: Path, folder: Path) -> Sandbox:
+    """A sandbox for ``forgetrain train`` with this engine file: this project with what it needs, the target's file and
+    the built data are read-only, and ``folder``, in which runs are kept, can be written.
+
+    The command line names python, target.toml, engine.py and runs; ``wrap`` puts in what each is called.
+    """
+    device = target.hardware.device
+    limits = {"processes": PROCESSES, "resident": _memory(target, device, None)}
+    given = folder / target.name / "data"
+    program, reason = _working_bubblewrap(device, "forgetrain.train.loop")
+    if not program:
+        given.symlink_to(data.resolve())
+        renamed = {"python": sys.executable, "target.toml": str(target_file), "engine.py": str(engine)}
+        return Sandbox(False, f"unsandboxed: {reason}", limits, (), (*renamed.items(), ("runs", str(folder))))
+    given.mkdir()
+    hosts = folder / "hosts"  # torchrun's processes find each other by name
+    hosts.write_text("127.0.0.1 localhost forge\n", encoding="utf-8")
+    renamed = {"python": _interpreter(), "runs": "/runs"}
+    renamed |= {name: str(_INSIDE / name) for name in ("target.toml", "engine.py")}
+    binds = ["--bind", str(folder.resolve()), "/runs"]
+    for file, inside in (
+        (data.resolve(), f"/runs/{target.name}/data"),
+        (target_file.resolve(), renamed["target.toml"]),
+        (engine.resolve(), renamed["engine.py"]),
+        (hosts.resolve(), "/etc/hosts"),
+    ):
+        binds += ["--ro-bind", str(file), inside]
+    command = (*program, *binds, "--remount-ro", "/", "--")
+    return Sandbox(
+        True, f"{_version()}: no network, nothing but its run is writable", limits, command, (*renamed.items(),)
+    )
+
+
+def _memory(target: Target, device: str, memory_gib: float | None) -> int:
+    """Bytes of host memory for a process tree."""
+    budget = memory_gib or (target.hardware.memory_gib if device == "cpu" else None)
+    return int(budget * 2**30) if budget else _total_memory() * 3 // 4
+
+
 def _cache_arguments(cache: Path) -> list[str]:
     arguments = ["--bind", str(cache.resolve()), str(_CACHE)]
     for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
@@ -111,19 +149,20 @@ def _cache_arguments(cache: Path) -> list[str]:
 
 
 @functools.cache
-def _working_bubblewrap(device: str) -> tuple[tuple[str, ...], str]:
-    """The command without a candidate's files, the strictest that runs here; or () and the reason."""
+def _working_bubblewrap(device: str, module: str = "torch") -> tuple[tuple[str, ...], str]:
+    """The command without a candidate's files, the strictest that runs here; or () and the reason. ``module``: what
+    can be imported inside, torch alone or something of this project."""
     if sys.platform != "linux":
         return (), "bubblewrap needs Linux"
     found = shutil.which("bwrap")
     if found is None:
         return (), "bubblewrap is not installed (on Debian and Ubuntu: apt install bubblewrap)"
-    common, problem = _arguments(device), ""
+    common, problem = _arguments(device, project=module != "torch"), ""
     # disabling user namespaces inside fails where /proc/sys is read-only, as in some containers
     for user in (("--unshare-user", "--disable-userns"), ("--unshare-user",), ()):
         command = (found, *user, *common)
         done = subprocess.run(
-            [*command, "--", _interpreter(), "-c", "import torch"], capture_output=True, text=True, check=False
+            [*command, "--", _interpreter(), "-c", f"import {module}"], capture_output=True, text=True, check=False
         )
         if done.returncode == 0:
             return command, ""
@@ -131,7 +170,7 @@ def _working_bubblewrap(device: str) -> tuple[tuple[str, ...], str]:
     return (), f"bubblewrap does not work here: {problem}"
 
 
-def _arguments(device: str) -> tuple[str, ...]:
+def _arguments(device: str, project: bool) -> tuple[str, ...]:
     arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "forge"]
     arguments += ["--proc", "/proc", "--dev", "/dev"]
     arguments += ["--size", str(SCRATCH), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
@@ -150,8 +189,11 @@ def _arguments(device: str) -> tuple[str, ...]:
         arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     for folder in _SYS_CPU if device == "cpu" else (*_SYS_CPU, *_SYS_GPU):
         arguments += ["--ro-bind-try", folder, folder]
-    for package in torch_packages():
+    for package in packages("torch", "numpy", *(_project_needs() if project else ())):
         arguments += ["--ro-bind", str(package), str(_SITE / package.name)]
+    if project:
+        own = Path(forgetrain.__file__).parent
+        arguments += ["--ro-bind", str(own), str(_SITE / own.name)]
     if device == "cuda":
         for node in sorted(str(node) for node in Path("/dev").glob("nvidia*")):
             arguments += ["--dev-bind", node, node]
@@ -168,13 +210,19 @@ def _arguments(device: str) -> tuple[str, ...]:
     return (*arguments, "--chdir", "/tmp")
 
 
-def torch_packages() -> list[Path]:
-    """The files and folders that make up torch, numpy and what they need, as installed.
+def _project_needs() -> list[str]:
+    """Distributions that this project's core needs; extras, which hold the references, are left out."""
+    requires = importlib.metadata.distribution("forgetrain").requires or ()
+    return [_NAME.match(requirement).group() for requirement in requires if "extra" not in requirement]  # type: ignore[union-attr]
 
-    Raises UserError when torch was installed in a way that leaves no list of its files.
+
+def packages(*names: str) -> list[Path]:
+    """The files and folders that make up these distributions and what they need, as installed.
+
+    Raises UserError when one was installed in a way that leaves no list of its files.
     """
     found: dict[str, list[Path]] = {}
-    waiting = ["torch", "numpy"]
+    waiting = list(names)
     while waiting:
         name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
         if name in found:
@@ -189,7 +237,7 @@ def torch_packages() -> list[Path]:
         found[name] = sorted(Path(str(distribution.locate_file(top))).resolve() for top in tops)
         for requirement in distribution.requires or ():
             text, _, marker = requirement.partition(";")
-            match = re.match(r"[A-Za-z0-9._-]+", text)
+            match = _NAME.match(text)
             if match and "extra" not in marker:
                 waiting.append(match.group())
     return sorted({path for paths in found.values() for path in paths if path.exists()})

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from forgetrain.data.folder import open_data
+from forgetrain.data.loader import Loader
 from forgetrain.engine.contract import weight_hash
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g1 import first_divergence, g1
@@ -23,21 +27,26 @@ from forgetrain.gates.g5 import g5
 from forgetrain.gates.g6 import Repeat, g6, weight_distance
 from forgetrain.gates.g7 import g7
 from forgetrain.gates.g8 import g8
+from forgetrain.gates.g9 import TrainingRun, g9
 from forgetrain.gates.replay import replay, replay_distance
 from forgetrain.gates.update import update
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.clock import Replay, race
+from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.evidence import State, clipped_gradients, expected_start, masters, trajectory
 from forgetrain.judge.hidden import Stream, derive, hidden_weights
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import OracleStep, oracle_step
+from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.target import Target
 
 if TYPE_CHECKING:
     from forgetrain.judge.runner import Trial
 
 _HELD_OUT = 4  # batches
+#: Steps of G9's runs, and how many lie between two checkpoints.
+_COMMAND_STEPS, _COMMAND_CHECKPOINT = 12, 2
 #: A distance of weights that rounding alone explains after training, by dtype: the root of its eps.
 _FLOOR = {"fp32": 3.5e-4, "bf16": 0.09}
 _DISTANCE_FACTOR = 3.0
@@ -296,6 +305,52 @@ def memory(trial: Trial) -> Iterator[Verdict]:
     yield g8(trial.peak_bytes, budget, sandboxed=trial.sandboxed)
 
 
+def shipped_command(trial: Trial) -> Iterator[Verdict]:
+    """``forgetrain train`` once through, and once killed and resumed, against the same steps driven from here. It needs
+    tokens: without a data folder there is no verdict."""
+    judge = trial.judge
+    if judge.data is None:
+        return
+    target = _for_command(judge.gates_target)
+    enough = judge.device == "cpu" or torch.cuda.device_count() > 1
+    ranks = 2 if target.recipe.batch_size % 2 == 0 and enough else 1
+    loader = Loader(open_data(judge.data, target, verify=False), target)
+    steps = target.recipe.steps - 1
+    with trial.process(target, ranks=ranks) as engine:
+        engine.load(initial_weights(target.model, target.recipe.seed))
+        rates = [learning_rate(target.recipe, step) for step in range(steps)]
+        due = [float(engine.step(loader.batch_at(step), rate).loss) for step, rate in enumerate(rates)]
+        digest, deterministic = engine.weight_hash(), engine.deterministic
+    tolerance = None if deterministic else _SCALARS[target.precision.dtype]["loss"]
+    found: dict[str, TrainingRun] = {}
+    last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
+    for name in ("once through", "killed and resumed"):
+        with tempfile.TemporaryDirectory(dir=judge.scratch) as folder:
+            options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout}
+            command = ShippedCommand(trial.file, target, judge.data, Path(folder), **options)
+            problem = command.run(*last, kill_at=None if name == "once through" else _COMMAND_CHECKPOINT)
+            if problem is None and name != "once through":
+                problem = command.run(*last, "--resume")
+            found[name] = command.found(problem)
+    yield g9(due, digest, found, ranks=ranks, tolerance=tolerance, sandboxed=trial.sandboxed)
+
+
+def _for_command(gates: Target) -> Target:
+    """A short run at the gates' shape with a few checkpoints; one step more than is taken."""
+    recipe = {"steps": _COMMAND_STEPS + 1, "warmup_steps": 2, "decay_steps": 4}
+    train = {
+        "checkpoint_every": _COMMAND_CHECKPOINT,
+        "keep_last": 2,
+        "keep_every": 0,
+        "eval_every": 100,
+        "log_every": 1,
+    }
+    train |= {"deadline": None, "wandb": None}
+    return gates.model_copy(
+        update={"recipe": gates.recipe.model_copy(update=recipe), "train": gates.train.model_copy(update=train)}
+    )
+
+
 #: What runs for each gate's name.
 GATES: dict[str, Callable[[Trial], Iterator[Verdict]]] = {
     "contract": contract,
@@ -308,6 +363,7 @@ GATES: dict[str, Callable[[Trial], Iterator[Verdict]]] = {
     "G6": hidden_training,
     "G7": speed,
     "G8": memory,
+    "G9": shipped_command,
 }
 
 

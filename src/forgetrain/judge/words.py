@@ -16,4 +16,5 @@ QUESTIONS = {
     "G7.replay": "Are the blocks of the timed run that the judge repeats what the reference computes?",
     "G7": "Is it faster than the champion by more than the noise, and slower than the hardware allows?",
     "G8": "Does its memory stay within the budget?",
+    "G9": "Does the command that people run train with it, and lose nothing when it is killed?",
 }

@@ -1,0 +1,59 @@
+"""G9 on real runs of the command: torchrun, a kill, a resume, in the sandbox."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import write_engine
+from forgetrain.judge.runner import Judge
+from tests.corpus import built
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Judges an engine's source by G9 alone."""
+    folder = tmp_path_factory.mktemp("g9")
+    target, data = built(folder)
+
+    def of(source: str):
+        file = folder / "candidate.py"
+        file.write_text(source, encoding="utf-8")
+        with Judge(target, data=data.folder) as judge:
+            return judge.judge(file, gates=["G9"]).verdicts
+
+    return target, of
+
+
+def test_an_honest_engine_passes(judged):
+    target, judge = judged
+    (verdict,) = judge(write_engine(target, Plan.textbook()))
+    assert verdict.passed, verdict.explanation
+    assert verdict.sandboxed == (shutil.which("bwrap") is not None)
+    assert "killed and resumed" in verdict.explanation
+
+
+@pytest.mark.parametrize(
+    ("honest", "planted", "said"),
+    [
+        ('of("exp_avg"), of("exp_avg_sq")', 'of("exp_avg"), of("exp_avg")', "killed and resumed"),
+        ('self.updates = int(state["step"].tensor)', "self.updates = 0", "killed and resumed"),
+        (
+            "def step(self, batch: Any, lr: float) -> StepResult:\n",
+            "def step(self, batch: Any, lr: float) -> StepResult:\n"
+            '        lr = lr * 0.9 if "LOCAL_RANK" in __import__("os").environ else lr\n',
+            "once through",
+        ),
+    ],
+)
+def test_an_engine_that_is_another_one_in_training_is_found(judged, honest, planted, said):
+    target, judge = judged
+    source = write_engine(target, Plan.textbook())
+    assert honest in source
+    (verdict,) = judge(source.replace(honest, planted))
+    assert not verdict.passed
+    assert verdict.explanation.startswith(said), verdict.explanation
