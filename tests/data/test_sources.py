@@ -324,6 +324,7 @@ def test_reading_goes_on_where_it_was(tmp_path):
             again = Reading.of(state)
             assert list(documents(source, again)) == found[taken:]
             assert again == reading
+        assert list(documents(source, Reading.of(reading.as_dict()))) == []
 
 
 def test_a_large_file_of_text_goes_on_at_its_next_piece(tmp_path, monkeypatch):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
 from forgetrain.data.build import build_data
 from forgetrain.data.folder import DataFolder, open_data
 from forgetrain.data.loader import Loader
+from forgetrain.data.progress import Display
 from forgetrain.train.display import say
 
 app = typer.Typer(help="Build a target's tokens, and look at them.", no_args_is_help=True)
@@ -22,24 +23,21 @@ def build(
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     force: Annotated[bool, typer.Option("--force", help="Build again, even when nothing changed.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenise; as many as there are cores when left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn the target's sources into tokens, under RUNS/<target>/data."""
     target = read_target(target_file, overrides)
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn()),
-        *(TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("data", total=None)
-
-        def report(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
-        data = build_data(target, runs / target.name / "data", force=force, report=report)
+    began = time.monotonic()
+    with Display(console) as display:
+        data = build_data(target, runs / target.name / "data", force=force, workers=workers, report=display.show)
+    seconds = round(time.monotonic() - began, 2)
     for line in _lines(data):
         say(console, line)
-    emit(data.manifest | {"folder": str(data.folder), "sha256": data.sha256}, as_json)
+    say(console, f"{seconds:,} s")
+    emit(data.manifest | {"seconds": seconds, "folder": str(data.folder), "sha256": data.sha256}, as_json)
 
 
 @app.command("inspect")

@@ -99,6 +99,7 @@ def documents(source: Source, reading: Reading) -> Iterator[Document]:
         for record in file_records(path, name, source, reading):
             if (text := text_of(record, source, path, reading)) is not None:
                 yield Document(record.name, text)
+    reading.file, reading.record = len(files), 0
 
 
 def _text(path: Path, name: str, single: bool, reading: Reading) -> Iterator[Document]:

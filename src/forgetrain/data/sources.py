@@ -66,7 +66,9 @@ class Reading:
 
     @classmethod
     def of(cls, kept: dict[str, Any]) -> Reading:
-        return cls(**kept | {"reasons": Counter(kept["reasons"])})
+        reading = cls(**{name: value for name, value in kept.items() if name != "reasons"})
+        reading.reasons.update(kept["reasons"])
+        return reading
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,10 @@ def _parquet(path: Path, name: str, source: Source, reading: Reading) -> Iterato
                 )
             row, groups = _row_groups(file.metadata, past)
             for batch in file.iter_batches(batch_size=_ROWS, columns=source.fields, row_groups=groups):
-                for fields in batch.to_pylist() if row + len(batch) > past else [None] * len(batch):
+                if row + len(batch) <= past:
+                    row += len(batch)
+                    continue
+                for fields in batch.to_pylist():
                     row += 1
                     if row > past:
                         reading.done, reading.record = before + size * row // file.metadata.num_rows, row
@@ -229,6 +234,8 @@ def data_set_records(source: Source, reading: Reading) -> Iterator[Record]:
         rows, past = getattr(found, "num_rows", 0), reading.record
         if found.column_names is not None and set(source.fields) <= set(found.column_names):
             found = found.select_columns(source.fields)  # other columns are not read
+        if rows and past >= rows:  # which skip refuses
+            return
         for row, fields in enumerate(found.skip(past) if past else found, start=past):
             reading.done, reading.record = reading.total * (row + 1) // rows if rows else 0, row + 1
             yield Record(f"row {row}", fields)
@@ -238,7 +245,7 @@ def data_set_records(source: Source, reading: Reading) -> Iterator[Record]:
     except Exception as error:  # datasets raises exceptions of a dozen libraries
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(
-            f"datasets cannot read it: {lines[0]}",
+            f"datasets cannot read it: {lines[0].rstrip('.')}",
             file=source.path,
             remedy="check path, config, split and revision, and the network if it is on the hub; what was tokenised "
             "is kept",
