@@ -169,6 +169,8 @@ def _inputs_key(target: Target) -> str:
     for source in target.data.sources:
         if _is_token_file(source):
             files = [suffixed(Path(source.path), suffix) for suffix in (".bin", ".idx")]
+            if not files[0].is_file():
+                raise UserError("no such token file", file=files[0], remedy="fetch it, it goes with the .idx file")
         else:
             files = source_files(source)
         settings.append([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])

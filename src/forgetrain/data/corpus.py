@@ -44,6 +44,13 @@ def source_files(source: Source) -> list[Path]:
     if source.path.startswith(HUB):
         return []
     root = source_root(source)
+    if root.suffix in (".bin", ".idx") and all(root.with_suffix(end).is_file() for end in (".bin", ".idx")):
+        raise UserError(
+            "is one of a pair of Megatron's token files",
+            key="data.sources",
+            value=source.path,
+            remedy=f"name the pair by its prefix, {source.path[:-4]}",
+        )
     if root.is_file():
         return [root]
     if not root.is_dir():
