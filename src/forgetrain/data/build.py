@@ -49,7 +49,7 @@ from forgetrain.spec.target import Source, Target
 
 #: A tokenizer is trained on at most this much text of each source, its first.
 TRAINED_ON = 128 * 2**20
-_SCAN = 2**22
+_SCAN = 2**20
 
 
 def build_data(

@@ -19,7 +19,7 @@ from forgetrain.data.loader import Loader
 NAMED = 5
 #: Characters of a repeated document that are shown.
 SHOWN = 60
-_SCAN = 2**22
+_SCAN = 2**20
 
 
 def statistics(data: DataFolder, loader: Loader) -> dict[str, Any]:
