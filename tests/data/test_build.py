@@ -154,8 +154,8 @@ def test_a_full_disk_leaves_the_old_folder(target, tmp_path, monkeypatch):
 
     original = TokenWriter.__init__
 
-    def init(self, *arguments):
-        original(self, *arguments)
+    def init(self, *arguments, **options):
+        original(self, *arguments, **options)
         self._bin = Full(self._bin)
 
     monkeypatch.setattr(indexed.TokenWriter, "__init__", init)
@@ -229,7 +229,7 @@ def test_ctrl_c_in_the_middle_leaves_the_old_folder(target, tmp_path, monkeypatc
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(indexed.TokenWriter, "add", interrupted)
+    monkeypatch.setattr(indexed.TokenWriter, "extend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_data(target, tmp_path / "data", force=True)
     assert open_data(tmp_path / "data", target).sha256 == before

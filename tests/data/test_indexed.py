@@ -3,6 +3,7 @@ import struct
 import numpy as np
 import pytest
 
+from forgetrain.data import indexed
 from forgetrain.data.indexed import TokenFile, TokenWriter, suffixed
 from forgetrain.errors import UserError
 
@@ -89,3 +90,47 @@ def test_an_index_of_floats_is_refused(prefix):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.bin: no such token file"):
         TokenFile(tmp_path / "nothing")
+
+
+def test_what_was_synced_is_gone_on_from(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with TokenWriter(whole, 100) as writer:
+        writer.add(DOCUMENTS)
+    writer = TokenWriter(cut, 100)
+    writer.add(DOCUMENTS[:1])
+    writer.sync()
+    tokens, documents = writer.tokens, writer.documents
+    writer.add([np.array([8] * 1000)])
+    writer.sync()  # more than the caller knows of
+    with TokenWriter(cut, 100, tokens=tokens, documents=documents) as again:
+        again.add(DOCUMENTS[1:])
+    for suffix in (".bin", ".idx"):
+        assert suffixed(cut, suffix).read_bytes() == suffixed(whole, suffix).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.bin", "cut.idx", "whole.bin", "whole.idx"]
+
+
+def test_less_than_was_synced_is_refused(tmp_path):
+    writer = TokenWriter(tmp_path / "cut", 100)
+    writer.add(DOCUMENTS)
+    writer.sync()
+    with pytest.raises(UserError, match=r"cut\.bin: is truncated: 20 bytes of 22\. .*--force"):
+        TokenWriter(tmp_path / "cut", 100, tokens=11, documents=3)
+
+
+def test_the_last_document_can_be_taken_out_again(tmp_path):
+    with TokenWriter(tmp_path / "a", 100) as writer:
+        writer.add(DOCUMENTS)
+        assert writer.take_last().tolist() == DOCUMENTS[2].tolist()
+        writer.add([np.array([2, 1])])
+        assert writer.take_last().tolist() == [2, 1]
+    file = TokenFile(tmp_path / "a")
+    assert file.tokens.tolist() == [5, 7, 1, 9, 1]
+    assert file.document_starts.tolist() == [0, 3, 5]
+
+
+def test_an_index_of_more_documents_than_fit_in_one_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(indexed, "_PIECE", 8)
+    lengths = [3, 1, 4, 1, 5]
+    with TokenWriter(tmp_path / "a", 100) as writer:
+        writer.extend(np.arange(14), np.array(lengths))
+    assert np.diff(TokenFile(tmp_path / "a").document_starts).tolist() == lengths

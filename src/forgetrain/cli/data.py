@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.data import inspect as inspection
 from forgetrain.data.build import build_data
 from forgetrain.data.folder import DataFolder, open_data
 from forgetrain.data.loader import Loader
+from forgetrain.data.progress import Display
 from forgetrain.train.display import say
 
 app = typer.Typer(help="Build a target's tokens, and look at them.", no_args_is_help=True)
@@ -22,24 +24,21 @@ def build(
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     force: Annotated[bool, typer.Option("--force", help="Build again, even when nothing changed.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenise; as many as there are cores when left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn the target's sources into tokens, under RUNS/<target>/data."""
     target = read_target(target_file, overrides)
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn()),
-        *(TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("data", total=None)
-
-        def report(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-
-        data = build_data(target, runs / target.name / "data", force=force, report=report)
+    began = time.monotonic()
+    with Display(console) as display:
+        data = build_data(target, runs / target.name / "data", force=force, workers=workers, report=display.show)
+    seconds = round(time.monotonic() - began, 2)
     for line in _lines(data):
         say(console, line)
-    emit(data.manifest | {"folder": str(data.folder), "sha256": data.sha256}, as_json)
+    say(console, f"{seconds:,} s")
+    emit(data.manifest | {"seconds": seconds, "folder": str(data.folder), "sha256": data.sha256}, as_json)
 
 
 @app.command("inspect")
@@ -47,27 +46,83 @@ def inspect(
     target_file: TargetFile,
     step: Annotated[int, typer.Option(min=0, help="The step whose batch is shown, from 0.")] = 0,
     row: Annotated[int, typer.Option(min=0, help="The row of that batch.")] = 0,
+    statistics: Annotated[bool, typer.Option("--statistics", help="Show facts of every source instead.")] = False,
+    duplicates: Annotated[bool, typer.Option("--duplicates", help="Look for equal documents instead.")] = False,
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
-    """Show what a row of a training step reads as."""
+    """Show what a row of a training step reads as, facts of the sources, or what is there twice."""
     target = read_target(target_file, overrides)
     data = open_data(runs / target.name / "data", target)
     loader = Loader(data, target)
+    result: dict[str, Any] = {}
+    if statistics:
+        result |= inspection.statistics(data, loader)
+        _show(as_json, _statistics_lines(result))
+    if duplicates:
+        result["duplicates"] = found = inspection.duplicates(data)
+        _show(as_json, _duplicates_lines(found))
+    if not result:
+        result = _row(data, loader, step, row)
+        where = f"{result['stage']}, step {step}" if result["stage"] else f"step {step}"
+        say(console, f"{where}, row {row}: window {result['window']} of {result['source']}, epoch {result['epoch']}")
+        _show(as_json, [result["text"]])
+    emit(result, as_json)
+
+
+def _row(data: DataFolder, loader: Loader, step: int, row: int) -> dict[str, Any]:
+    last = loader.stages[-1].last
+    if step >= last:
+        raise typer.BadParameter(f"the run has {last} steps", param_hint="--step")
     stage, places = loader.order.at(step)
     if row >= stage.batch_size:
         raise typer.BadParameter(f"the batch of that step has {stage.batch_size} rows", param_hint="--row")
-    epoch, window = int(places.epoch[row]), int(places.window[row])
     tokens = loader.batch_at(step).tokens[row].tolist()
-    source = data.sources[int(places.source[row])]
-    text = data.tokenizer.tokenizer.decode(tokens, skip_special_tokens=False)
-    where = f"{stage.name}, step {step}" if stage.name else f"step {step}"
-    say(console, f"{where}, row {row}: window {window} of {source.name}, epoch {epoch}")
+    return {
+        "stage": stage.name,
+        "step": step,
+        "row": row,
+        "source": data.sources[int(places.source[row])].name,
+        "epoch": int(places.epoch[row]),
+        "window": int(places.window[row]),
+        "tokens": tokens,
+        "text": data.tokenizer.tokenizer.decode(tokens, skip_special_tokens=False),
+    }
+
+
+def _show(as_json: bool, lines: list[str]) -> None:
+    """A result for people, on stdout where no JSON object is to be alone there."""
     if not as_json:
-        print(text)
-    place = {"source": source.name, "epoch": epoch, "window": window}
-    emit({"stage": stage.name, "step": step, "row": row, **place, "tokens": tokens, "text": text}, as_json)
+        print("\n".join(lines))
+
+
+def _statistics_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for source in found["sources"]:
+        lines.append(
+            f"{source['source']}: {source['share']:.1%} of the run's windows, {source['epochs']:.2f} epochs, "
+            f"{source['bytes_per_token']:.2f} bytes a token"
+        )
+        for name in ("train", "held_out"):
+            split = source[name]
+            common = ", ".join(f"{token['text']!r} {token['share']:.1%}" for token in split["commonest"])
+            lines += [
+                f"  {name}: {split['documents']:,} documents of {split['shortest']:,} to {split['longest']:,} tokens, "
+                f"median {split['median']:,}, mean {split['mean']:,.0f}; {split['longer']:.1%} longer than a sequence",
+                f"    {split['tokens']:,} tokens, {split['of_vocabulary']:.1%} of the vocabulary; commonest {common}",
+            ]
+    return lines
+
+
+def _duplicates_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{found['copies']:,} of {found['documents']:,} documents are copies of others: {found['tokens']:,} tokens, "
+        f"{found['share']:.2%}; {found['leaked']:,} held-out documents are trained on"
+    ]
+    for one in found["most"]:
+        lines.append(f"  {one['times']:,} times, {one['tokens']:,} tokens, {one['source']}: {one['text']}")
+    return lines
 
 
 def _lines(data: DataFolder) -> list[str]:

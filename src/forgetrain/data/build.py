@@ -9,28 +9,29 @@ The folder appears whole or not at all::
     00-python-stdlib.train.bin .idx    Megatron's format, every document ended by the end-of-document token
     00-python-stdlib.held-out.bin .idx
 
-A document is held out when the SHA-256 of its text, read as a fraction, lies below ``data.held_out``: a pure function
-of the text, so it survives reordering and new files. A source of one document gives its last lines instead. Megatron
-files that the user names stay where they are; their last documents are held out.
+What a killed build did lies beside it in ``.data.building``, and the next one goes on with it. The same sources and
+settings give the same bytes, however often a build was killed and however many processes tokenised.
+
+Megatron files that the user names stay where they are; their last documents are held out.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import os
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from forgetrain.data.corpus import STDLIB, Document, Reading, documents, source_files, source_root
+from forgetrain.data.corpus import STDLIB, source_files
 from forgetrain.data.folder import FORMAT, MANIFEST, TOKENIZER, DataFolder, open_data
-from forgetrain.data.indexed import TokenFile, TokenWriter, suffixed
+from forgetrain.data.indexed import TokenFile, suffixed, token_dtype
+from forgetrain.data.tokenise import Report, require_text, tokenise, training_texts, write_indices
 from forgetrain.data.tokenizer import (
     BOS,
     EOS,
@@ -40,26 +41,27 @@ from forgetrain.data.tokenizer import (
     save_trained,
     train_tokenizer,
 )
-from forgetrain.durable import new_folder, sha256_file, write_json
+from forgetrain.data.unfinished import Unfinished, unfinished
+from forgetrain.data.worker import Settings
+from forgetrain.durable import sha256_file, write_json
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Source, Target
 
-#: Text is tokenised in batches of about this many characters: enough to keep all cores at work.
-BATCH = 4 * 2**20
 #: A tokenizer is trained on at most this much text of each source, its first.
 TRAINED_ON = 128 * 2**20
-_SCAN = 2**24
-
-#: Called with (what is done now, bytes done, bytes in all).
-Report = Callable[[str, int, int], None]
+_SCAN = 2**20
 
 
-def build_data(target: Target, out: Path, *, force: bool = False, report: Report | None = None) -> DataFolder:
+def build_data(
+    target: Target, out: Path, *, force: bool = False, workers: int | None = None, report: Report | None = None
+) -> DataFolder:
     """Builds the data of a target in ``out``; does nothing when ``out`` was built from the same sources and settings.
+
+    workers: processes that tokenise; as many as this process has cores when None. force: builds from the beginning.
 
     Raises:
         UserError: an empty corpus, a binary file, a tokenizer larger than the vocabulary, a truncated token file, a
-            full disk. ``out`` is then as it was.
+            full disk, another process that builds there. ``out`` is then as it was.
     """
     say = report or (lambda what, done, total: None)
     key = _inputs_key(target)
@@ -67,43 +69,73 @@ def build_data(target: Target, out: Path, *, force: bool = False, report: Report
         built = open_data(out, target)
         if built.manifest["key"] == key:
             return built
-    began = time.monotonic()
-    with new_folder(out) as folder:
-        tokenizer = _make_tokenizer(target, folder / TOKENIZER, say)
-        entries, train_counts, held_counts = [], [], []
-        for number, source in enumerate(target.data.sources):
-            if _is_token_file(source):
-                entry, counts = _take_tokens(source, target)
-            else:
-                entry, counts = _tokenise(number, source, target, tokenizer, folder, say)
-            entries.append(entry | {"path": source.path, "weight": source.weight})
-            train_counts.append(counts[0])
-            held_counts.append(counts[1])
-        write_json(
-            folder / MANIFEST,
-            {
-                "format": FORMAT,
-                "key": key,
-                "target": target.name,
-                "vocab_size": target.model.vocab_size,
-                "tokenizer": {
-                    "sha256": tokenizer.sha256,
-                    "vocab_size": tokenizer.vocab_size,
-                    "eos": tokenizer.eos,
-                    "bos": tokenizer.bos,
-                    "pad": tokenizer.pad,
-                },
-                "sources": entries,
-                "unigram_loss": unigram_loss(train_counts, [s.weight for s in target.data.sources], held_counts),
-                "seconds": round(time.monotonic() - began, 2),
-                "files": {
-                    path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-                    for path in sorted(folder.rglob("*"))
-                    if path.is_file()
-                },
-            },
+    with unfinished(out, key, anew=force) as work:
+        entries = {number: _take_tokens(source, target) for number, source in _token_files(target)}
+        texts = {number: source for number, source in enumerate(target.data.sources) if number not in entries}
+        if not work.saved:
+            for source in texts.values():
+                require_text(source)
+        tokenizer = _make_tokenizer(target, work, list(texts.values()), say)
+        settings = Settings(
+            tokenizer=tokenizer.folder / "tokenizer.json",
+            eos=tokenizer.eos,
+            dtype=token_dtype(target.model.vocab_size).name,
+            held_out=target.data.held_out,
         )
-    return open_data(out, target)
+        sizes = [sum(path.stat().st_size for path in source_files(source)) for source in texts.values()]
+        for place, (number, source) in enumerate(texts.items()):
+            name = f"{number:02d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(source.path).name) or 'source'}"
+            done = work.state.get("entries", {}).get(name)
+            if done is None:
+                count = workers or len(os.sched_getaffinity(0))
+                overall = _overall(say, sizes, place)
+                done = tokenise(source, name, settings, target.model.vocab_size, work, workers=count, say=overall)
+            else:
+                write_indices(work.folder, done, target.model.vocab_size)
+            entries[number] = done
+        say("counting and hashing", 0, 0)
+        _write_manifest(target, key, work.folder, tokenizer, [entry for _, entry in sorted(entries.items())])
+        work.finish()
+    return open_data(out, target, verify=False)
+
+
+def _overall(say: Report, sizes: list[int], place: int) -> Report:
+    """Reports a source's bytes among those of all; in all are unknown where one source's are."""
+    before, total = sum(sizes[:place]), sum(sizes) if all(sizes) else 0
+    return lambda what, done, _: say(what, before + done, total)
+
+
+def _write_manifest(
+    target: Target, key: str, folder: Path, tokenizer: TokenizerFolder, entries: list[dict[str, Any]]
+) -> None:
+    sources = target.data.sources
+    entries = [
+        entry | {"path": source.path, "weight": source.weight} for entry, source in zip(entries, sources, strict=True)
+    ]
+    counts = [[_counts(folder, entry[split], target) for entry in entries] for split in ("train", "held_out")]
+    write_json(
+        folder / MANIFEST,
+        {
+            "format": FORMAT,
+            "key": key,
+            "target": target.name,
+            "vocab_size": target.model.vocab_size,
+            "tokenizer": {
+                "sha256": tokenizer.sha256,
+                "vocab_size": tokenizer.vocab_size,
+                "eos": tokenizer.eos,
+                "bos": tokenizer.bos,
+                "pad": tokenizer.pad,
+            },
+            "sources": entries,
+            "unigram_loss": unigram_loss(counts[0], [source.weight for source in sources], counts[1]),
+            "files": {
+                path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+                for path in sorted(folder.rglob("*"))
+                if path.is_file() and path.name != MANIFEST
+            },
+        },
+    )
 
 
 def unigram_loss(
@@ -137,6 +169,8 @@ def _inputs_key(target: Target) -> str:
     for source in target.data.sources:
         if _is_token_file(source):
             files = [suffixed(Path(source.path), suffix) for suffix in (".bin", ".idx")]
+            if not files[0].is_file():
+                raise UserError("no such token file", file=files[0], remedy="fetch it, it goes with the .idx file")
         else:
             files = source_files(source)
         settings.append([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
@@ -149,8 +183,15 @@ def _is_token_file(source: Source) -> bool:
     return source.path != STDLIB and suffixed(Path(source.path), ".idx").is_file()
 
 
-def _make_tokenizer(target: Target, folder: Path, say: Report) -> TokenizerFolder:
-    sources = [source for source in target.data.sources if not _is_token_file(source)]
+def _token_files(target: Target) -> list[tuple[int, Source]]:
+    return [(number, source) for number, source in enumerate(target.data.sources) if _is_token_file(source)]
+
+
+def _make_tokenizer(target: Target, work: Unfinished, sources: list[Source], say: Report) -> TokenizerFolder:
+    """The tokenizer of an unfinished build, or the target's, or a new one, trained on the text of ``sources``."""
+    folder = work.folder / TOKENIZER
+    if work.saved:
+        return open_tokenizer(folder, target.model)
     if target.data.tokenizer is not None:
         copy_tokenizer(Path(target.data.tokenizer), folder)
         return open_tokenizer(folder, target.model)
@@ -167,12 +208,11 @@ def _make_tokenizer(target: Target, folder: Path, say: Report) -> TokenizerFolde
         nonlocal done
         for source in sources:
             taken = 0
-            for document, held in _split(documents(source, Reading()), target):
-                if not held:
-                    yield document.text
-                    taken += len(document.text)
-                    done += len(document.text)
-                    say("reading for the tokenizer", done, total)
+            for text in training_texts(source, target.data.held_out):
+                yield text
+                taken += len(text)
+                done += len(text)
+                say("reading for the tokenizer", done, total)
                 if taken >= TRAINED_ON:
                     break
         say("training the tokenizer", total, total)
@@ -181,6 +221,8 @@ def _make_tokenizer(target: Target, folder: Path, say: Report) -> TokenizerFolde
     save_trained(tokenizer, folder, target.model)
     opened = open_tokenizer(folder, target.model)
     _require_ids(target, opened)
+    if work.due():
+        work.save()
     return opened
 
 
@@ -197,103 +239,7 @@ def _require_ids(target: Target, tokenizer: TokenizerFolder) -> None:
             )
 
 
-def _is_held_out(document: Document, target: Target) -> bool:
-    digest = hashlib.sha256(document.text.encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < target.data.held_out
-
-
-def _tokenise(
-    number: int, source: Source, target: Target, tokenizer: TokenizerFolder, folder: Path, say: Report
-) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
-    rejects = Reading()
-    tokenizer.tokenizer.encode_special_tokens = True  # "</s>" in a text is four characters, not the end of it
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.path).name) or "source"
-    prefixes = {split: folder / f"{number:02d}-{slug}.{split}" for split in ("train", "held-out")}
-    counts = [np.zeros(target.model.vocab_size, np.int64) for _ in prefixes]
-    size = sum(path.stat().st_size for path in source_files(source))
-    done = 0
-    with (
-        TokenWriter(prefixes["train"], target.model.vocab_size) as train,
-        TokenWriter(prefixes["held-out"], target.model.vocab_size) as held_out,
-    ):
-        for batch in _batches(_split(documents(source, rejects), target)):
-            encoded = tokenizer.tokenizer.encode_batch_fast([d.text for d, _ in batch], add_special_tokens=False)
-            for writer, tally, wanted in ((train, counts[0], False), (held_out, counts[1], True)):
-                ids = [
-                    np.array([*encoding.ids, tokenizer.eos], dtype=np.int64)
-                    for encoding, (_, held) in zip(encoded, batch, strict=True)
-                    if held == wanted
-                ]
-                writer.add(ids)
-                if ids:
-                    tally += np.bincount(np.concatenate(ids), minlength=len(tally))
-            done += sum(len(d.text.encode()) for d, _ in batch)
-            say(f"tokenising {source.path}", done, size)
-    if train.tokens == 0 or held_out.tokens == 0:
-        held = ", ".join(rejects.names[:3])
-        raise UserError(
-            "is an empty corpus: no text to train on and to hold out" + (f" ({held})" if held else ""),
-            file=source_root(source),
-            remedy="name files that hold more text",
-        )
-    entry = {
-        "documents": len(train.lengths) + len(held_out.lengths),
-        "tokens": train.tokens + held_out.tokens,
-        "bytes": done,
-        "rejects": dict(rejects.reasons),
-        "rejected": rejects.names,
-    }
-    for split, writer in (("train", train), ("held_out", held_out)):
-        entry[split] = {
-            "prefix": writer.prefix.name,
-            "documents": [0, len(writer.lengths)],
-            "tokens": writer.tokens,
-        }
-    return entry, counts
-
-
-def _split(found: Iterator[Document], target: Target) -> Iterator[tuple[Document, bool]]:
-    """Documents with whether each is held out; a lone document is cut, its last lines are held out. When the hashes
-    would hold out none, or all, the first document goes to the side that would be empty."""
-    first = next(found, None)
-    if first is None:
-        return
-    second = next(found, None)
-    if second is None:
-        yield from _cut(first, target.data.held_out)
-        return
-    sides = set()
-    for document in itertools.chain([second], found):
-        sides.add(side := _is_held_out(document, target))
-        yield document, side
-    yield first, _is_held_out(first, target) if len(sides) == 2 else not sides.pop()
-
-
-def _cut(document: Document, fraction: float) -> Iterator[tuple[Document, bool]]:
-    """A lone document in two, cut after a line near its end (or anywhere, when it is one line)."""
-    text = document.text
-    wanted = max(1, int(len(text) * (1 - fraction)))
-    line = text.rfind("\n", 0, wanted) + 1
-    cut = line if line > len(text) // 2 else wanted
-    yield Document(document.name, text[:cut]), False
-    if text[cut:]:
-        yield Document(f"{document.name}#held-out", text[cut:]), True
-
-
-def _batches(pairs: Iterator[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
-    batch: list[tuple[Document, bool]] = []
-    size = 0
-    for pair in pairs:
-        batch.append(pair)
-        size += len(pair[0].text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _take_tokens(source: Source, target: Target) -> tuple[dict[str, Any], list[NDArray[np.int64]]]:
+def _take_tokens(source: Source, target: Target) -> dict[str, Any]:
     """A user's Megatron files as they are; the last documents, at least ``data.held_out`` of the tokens, held out."""
     prefix = Path(source.path).absolute()
     file = TokenFile(prefix)
@@ -303,11 +249,8 @@ def _take_tokens(source: Source, target: Target) -> tuple[dict[str, Any], list[N
     first_held = int(np.searchsorted(file.document_starts, total * (1 - target.data.held_out), side="right")) - 1
     first_held = min(max(first_held, 1), len(file) - 1)
     border = int(file.document_starts[first_held])
-    counts = [
-        _count(file, 0, border, target.model.vocab_size),
-        _count(file, border, total, target.model.vocab_size),
-    ]
-    entry = {
+    _require_within(file, target.model.vocab_size)
+    return {
         "documents": len(file),
         "tokens": total,
         "bytes": suffixed(prefix, ".bin").stat().st_size,
@@ -317,19 +260,26 @@ def _take_tokens(source: Source, target: Target) -> tuple[dict[str, Any], list[N
         "held_out": {"prefix": str(prefix), "documents": [first_held, len(file)], "tokens": total - border},
         "sha256": {suffix: sha256_file(suffixed(prefix, suffix)) for suffix in (".bin", ".idx")},
     }
-    return entry, counts
 
 
-def _count(file: TokenFile, first: int, last: int, vocab_size: int) -> NDArray[np.int64]:
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(first, last, _SCAN):
-        piece = file.tokens[start : min(start + _SCAN, last)].astype(np.int64)
-        if piece.min() < 0 or piece.max() >= vocab_size:
+def _require_within(file: TokenFile, vocab_size: int) -> None:
+    for start in range(0, len(file.tokens), _SCAN):
+        piece = file.tokens[start : start + _SCAN]
+        low, high = int(piece.min()), int(piece.max())
+        if low < 0 or high >= vocab_size:
             raise UserError(
                 "holds a token that model.vocab_size excludes",
                 file=suffixed(file.prefix, ".bin"),
-                value=int(piece.max() if piece.max() >= vocab_size else piece.min()),
+                value=high if high >= vocab_size else low,
                 remedy=f"set model.vocab_size (now {vocab_size}) to the tokenizer's",
             )
-        counts += np.bincount(piece, minlength=vocab_size)
+
+
+def _counts(folder: Path, split: dict[str, Any], target: Target) -> NDArray[np.int64]:
+    """int64 [vocab_size]: how often each token is in a split."""
+    file = TokenFile(folder / split["prefix"])  # an absolute prefix replaces the folder
+    first, last = (int(file.document_starts[document]) for document in split["documents"])
+    counts = np.zeros(target.model.vocab_size, np.int64)
+    for start in range(first, last, _SCAN):
+        counts += np.bincount(file.tokens[start : min(start + _SCAN, last)], minlength=len(counts))
     return counts

@@ -44,6 +44,13 @@ def source_files(source: Source) -> list[Path]:
     if source.path.startswith(HUB):
         return []
     root = source_root(source)
+    if root.suffix in (".bin", ".idx") and all(root.with_suffix(end).is_file() for end in (".bin", ".idx")):
+        raise UserError(
+            "is one of a pair of Megatron's token files",
+            key="data.sources",
+            value=source.path,
+            remedy=f"name the pair by its prefix, {source.path[:-4]}",
+        )
     if root.is_file():
         return [root]
     if not root.is_dir():
@@ -72,6 +79,9 @@ def _wanted(relative: Path, skipped: frozenset[str]) -> bool:
 def documents(source: Source, reading: Reading) -> Iterator[Document]:
     """The documents of a source of text in order; ``reading`` says how far it is, and what was rejected.
 
+    Reading begins where ``reading`` says, and it is up to date with each document that comes: kept and given again, it
+    goes on with the next one.
+
     Raises:
         UserError: nothing there, a single file that is binary, damaged records, or records without the wanted fields.
     """
@@ -83,8 +93,12 @@ def documents(source: Source, reading: Reading) -> Iterator[Document]:
     root = source_root(source)
     single = root.is_file()
     files = source_files(source)
-    reading.total = sum(path.stat().st_size for path in files)
-    for path in files:
+    sizes = [path.stat().st_size for path in files]
+    reading.total, begun = sum(sizes), reading.file
+    for number, path in enumerate(files[begun:], start=begun):
+        if number > begun:
+            reading.file, reading.record = number, 0
+        reading.done = sum(sizes[:number])
         name = path.name if single else path.relative_to(root).as_posix()
         if not name.endswith(RECORD_FILES):
             yield from _text(path, name, single, reading)
@@ -92,14 +106,17 @@ def documents(source: Source, reading: Reading) -> Iterator[Document]:
         for record in file_records(path, name, source, reading):
             if (text := text_of(record, source, path, reading)) is not None:
                 yield Document(record.name, text)
+    reading.file, reading.record = len(files), 0
 
 
 def _text(path: Path, name: str, single: bool, reading: Reading) -> Iterator[Document]:
-    before = reading.done
+    before, past = reading.done, reading.record
     if path.stat().st_size == 0:
         reading.reject(name, "empty")
     with path.open("rb") as file:
         for number, piece in enumerate(_pieces(file)):
+            if number < past:
+                continue
             text = _decode(piece)
             if text is None and single:
                 formats = ", ".join(RECORD_FILES)
@@ -107,7 +124,7 @@ def _text(path: Path, name: str, single: bool, reading: Reading) -> Iterator[Doc
             if text is None:
                 reading.reject(name, "not UTF-8 text")
                 break
-            reading.done += len(piece)
+            reading.done, reading.record = before + file.tell(), number + 1
             if not text.strip():
                 reading.reject(name, "empty")
                 continue

@@ -13,8 +13,8 @@ int64. Here every document is one sequence.
 from __future__ import annotations
 
 import os
+import shutil
 import struct
-from array import array
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,9 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, Any] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 _CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_LENGTH = np.dtype(np.int32)
+#: Bytes of lengths that are turned into an index at a time.
+_PIECE = 2**20
 _REBUILD = "run forgetrain data build again, or fetch the file again"
 
 
@@ -44,50 +47,98 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class TokenWriter:
-    """Writes both files; memory grows by four bytes a document. Use it inside ``new_folder`` to be atomic."""
+    """Writes both files. Its memory does not grow: lengths go to a file of their own, ``PREFIX.lengths``, until the
+    index is written. What ``sync`` made durable can be gone on from: ``TokenWriter(prefix, vocab_size, tokens=...,
+    documents=...)`` cuts off what came after it."""
 
-    def __init__(self, prefix: Path, vocab_size: int):
+    def __init__(self, prefix: Path, vocab_size: int, *, tokens: int = 0, documents: int = 0):
+        """tokens, documents: how much of what lies there is kept."""
         self.prefix, self.dtype = prefix, token_dtype(vocab_size)
-        self.lengths = array("i")
-        self.tokens = 0
-        self._bin = suffixed(prefix, ".bin").open("wb")
+        self.tokens, self.documents = tokens, documents
+        self._bin = _opened(suffixed(prefix, ".bin"), tokens * self.dtype.itemsize)
+        self._lengths = _opened(suffixed(prefix, ".lengths"), documents * _LENGTH.itemsize)
 
     def __enter__(self) -> TokenWriter:
         return self
 
     def add(self, documents: Iterable[NDArray[Any]]) -> None:
         """Appends documents, each already ended by its end-of-document token."""
+        for document in documents:
+            self.extend(document, np.array([len(document)]))
+
+    def extend(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
+        """Appends documents that lie one after another: tokens [T], lengths [documents]."""
         with no_space_named(suffixed(self.prefix, ".bin")):
-            for document in documents:
-                self._bin.write(document.astype(self.dtype, copy=False).tobytes())
-                self.lengths.append(len(document))
-                self.tokens += len(document)
+            self._bin.write(tokens.astype(self.dtype, copy=False).tobytes())
+            self._lengths.write(lengths.astype(_LENGTH, copy=False).tobytes())
+        self.tokens += len(tokens)
+        self.documents += len(lengths)
+
+    def sync(self) -> None:
+        """Makes durable what was added so far."""
+        with no_space_named(suffixed(self.prefix, ".bin")):
+            for file in (self._bin, self._lengths):
+                file.flush()
+                os.fsync(file.fileno())
+
+    def take_last(self) -> NDArray[Any]:
+        """Takes the last document out again and returns its tokens; the files are cut when they are closed."""
+        self._lengths.seek((self.documents - 1) * _LENGTH.itemsize)
+        length = int(np.frombuffer(self._lengths.read(_LENGTH.itemsize), _LENGTH)[0])
+        self.tokens -= length
+        self.documents -= 1
+        self._bin.seek(self.tokens * self.dtype.itemsize)
+        document = np.frombuffer(self._bin.read(length * self.dtype.itemsize), self.dtype)
+        for file, size in self._sizes().items():
+            file.seek(size)
+        return document
+
+    def _sizes(self) -> dict[Any, int]:
+        return {self._bin: self.tokens * self.dtype.itemsize, self._lengths: self.documents * _LENGTH.itemsize}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with no_space_named(suffixed(self.prefix, ".bin")):
-            try:
-                self._bin.flush()
-                os.fsync(self._bin.fileno())
-            finally:
-                self._bin.close()
+        sizes = self._sizes()
+        try:
+            for file, size in sizes.items() if kind is None else ():
+                file.truncate(size)
+            self.sync()
+        finally:
+            for file in sizes:
+                file.close()
         if kind is None:
             self._write_index()
+            suffixed(self.prefix, ".lengths").unlink()
 
     def _write_index(self) -> None:
-        lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.zeros(0, np.int32)
-        count = len(lengths)
-        pointers = np.zeros(count, np.int64)
-        np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-        pointers *= self.dtype.itemsize
-        path = suffixed(self.prefix, ".idx")
-        with no_space_named(path), path.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], count, count + 1))
-            for values in (lengths, pointers, np.arange(count + 1, dtype=np.int64)):
-                file.write(values.tobytes())
+        path, lengths_path = suffixed(self.prefix, ".idx"), suffixed(self.prefix, ".lengths")
+        with no_space_named(path), path.open("wb") as file, lengths_path.open("rb") as lengths:
+            file.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], self.documents, self.documents + 1))
+            shutil.copyfileobj(lengths, file)
+            lengths.seek(0)
+            place = 0
+            while piece := lengths.read(_PIECE):
+                ends = place + np.cumsum(np.frombuffer(piece, _LENGTH), dtype=np.int64) * self.dtype.itemsize
+                file.write(np.concatenate([[place], ends[:-1]]).astype(np.int64).tobytes())
+                place = int(ends[-1])
+            for first in range(0, self.documents + 1, _PIECE):
+                file.write(np.arange(first, min(first + _PIECE, self.documents + 1), dtype=np.int64).tobytes())
             file.flush()
             os.fsync(file.fileno())
+
+
+def _opened(path: Path, size: int) -> Any:
+    """The file open for reading and writing at its end, cut to ``size`` bytes."""
+    if size == 0:
+        return path.open("w+b")
+    file = path.open("r+b")
+    if path.stat().st_size < size:
+        file.close()
+        raise UserError(f"is truncated: {path.stat().st_size} bytes of {size}", file=path, remedy=f"{_REBUILD} --force")
+    file.truncate(size)
+    file.seek(size)
+    return file
 
 
 class TokenFile:

@@ -64,6 +64,15 @@ class Loader:
             for steps, stage in zip(steps_before(self.stages, step), self.stages, strict=True)
         )
 
+    def taken(self) -> dict[str, NDArray[Any]]:
+        """Of each source: the windows that the whole run takes of it, and how often it goes through them."""
+        windows, epochs = np.zeros(len(self.splits), np.int64), np.zeros(len(self.splits))
+        for stage, order in zip(self.stages, self.order.orders, strict=True):
+            taken = order.taken((stage.last - stage.first) * stage.batch_size)
+            windows += taken
+            epochs += taken / np.maximum(order.windows, 1)
+        return {"windows": windows, "epochs": epochs}
+
     def places(self, step: int) -> Places:
         """Where the rows of a step's global batch come from."""
         return self.order.at(step)[1]
@@ -74,16 +83,16 @@ class Loader:
         length, rows = stage.sequence_length, stage.batch_size // self.world
         starts = places.window * length
         mine = slice(self.rank * rows, (self.rank + 1) * rows)
-        pieces = [
-            self.splits[source].tokens[start : start + length + 1]
-            for source, start in zip(places.source[mine], starts[mine], strict=True)
-        ]
+        tokens, labels = (np.empty((rows, length), np.int64) for _ in range(2))
+        for row, (source, start) in enumerate(zip(places.source[mine], starts[mine], strict=True)):
+            piece = self.splits[source].tokens[start : start + length + 1]
+            tokens[row], labels[row] = piece[:-1], piece[1:]  # cast while they are copied, once
         denominator = stage.tokens_per_step
         boundaries, mask = None, None
         if self.masked:
             boundaries, mask = self._documents(places.source[mine], starts[mine], length)
             denominator -= self._boundaries_within(places.source, starts, length)
-        return self._batch(np.stack(pieces), mask, boundaries, denominator)
+        return self._batch(tokens, labels, mask, boundaries, denominator)
 
     def batches(self, first: int, last: int) -> Iterator[tuple[int, Batch]]:
         """(step, batch) for steps ``first`` to ``last`` - 1, prepared by a thread ahead of time."""
@@ -139,7 +148,8 @@ class Loader:
                     cuts.append(row * self.length + inside[inside < self.length])
             counted = float(mask.sum())
             boundaries = np.concatenate(cuts) if cuts else None
-            yield self._batch(tokens, mask, boundaries, max(counted, 1.0)), counted
+            windows = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+            yield self._batch(*windows, mask, boundaries, max(counted, 1.0)), counted
 
     def _held_out_places(self, limit: int | None, only: int | None) -> list[tuple[Split, int]]:
         places = []
@@ -171,13 +181,17 @@ class Loader:
         return total
 
     def _batch(
-        self, tokens: NDArray[Any], mask: NDArray[Any] | None, boundaries: NDArray[Any] | None, denominator: float
+        self,
+        tokens: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        mask: NDArray[np.float32] | None,
+        boundaries: NDArray[np.int64] | None,
+        denominator: float,
     ) -> Batch:
-        window = torch.from_numpy(tokens.astype(np.int64))
         batch = make_batch(
-            window[:, :-1].contiguous(),
-            window[:, 1:].contiguous(),
-            None if mask is None else torch.from_numpy(mask),
+            torch.from_numpy(tokens),
+            torch.from_numpy(labels),
+            torch.from_numpy(np.ones(tokens.shape, np.float32) if mask is None else mask),
             None if boundaries is None else torch.from_numpy(boundaries),
         )._replace(loss_denominator=torch.tensor(float(denominator)))
         if self.device == "cpu":

@@ -17,7 +17,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,15 @@ class Reading:
     """How far a source was read, and what it held that is no document.
 
     done, total: bytes of the source's files, compressed as they are; a data set on disk counts its Arrow files; total
-    is 0 where it is unknown. reasons: how many rejects for each reason; names: the first of them.
+    is 0 where it is unknown. file, record: the number of the file that is being read, and how many of its records
+    (lines, rows, pieces of text) were gone through; reading goes on from there when a reading of before is given.
+    reasons: how many rejects for each reason; names: the first of them.
     """
 
     done: int = 0
     total: int = 0
+    file: int = 0
+    record: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
 
@@ -55,6 +59,16 @@ class Reading:
         self.reasons[reason] += 1
         if len(self.names) < NAMED_REJECTS:
             self.names.append(f"{name}: {reason}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """A copy of now, as JSON has it; ``Reading.of`` reads it."""
+        return asdict(self) | {"reasons": dict(self.reasons)}
+
+    @classmethod
+    def of(cls, kept: dict[str, Any]) -> Reading:
+        reading = cls(**{name: value for name, value in kept.items() if name != "reasons"})
+        reading.reasons.update(kept["reasons"])
+        return reading
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,7 @@ def _listed(fields: Iterable[str]) -> str:
 
 
 def file_records(path: Path, name: str, source: Source, reading: Reading) -> Iterator[Record]:
-    """The records of one file in their order.
+    """The records of one file in their order, from the one on that ``reading`` has come to.
 
     Raises:
         UserError: a damaged or truncated file, a line that is no JSON object, a column that is not there.
@@ -129,12 +143,14 @@ def file_records(path: Path, name: str, source: Source, reading: Reading) -> Ite
 
 
 def _json_lines(path: Path, name: str, reading: Reading) -> Iterator[Record]:
-    before, number = reading.done, 0
+    before, past, number = reading.done, reading.record, 0
     with path.open("rb") as raw:
         try:
             with _unpacked(raw, path) as lines:
                 for number, line in enumerate(lines, start=1):
-                    reading.done = before + raw.tell()
+                    if number <= past:
+                        continue
+                    reading.done, reading.record = before + raw.tell(), number
                     if line.strip():
                         yield Record(f"{name}:{number}", _json_object(line, path, number))
         except (OSError, EOFError, zlib.error) as error:
@@ -155,7 +171,7 @@ def _unpacked(raw: io.BufferedReader, path: Path) -> Any:
 def _json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError as error:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deep
         raise UserError(f"line {number} is no JSON ({error})", file=path, remedy="mend or remove that line") from None
     if not isinstance(record, dict):
         raise UserError(
@@ -167,7 +183,7 @@ def _json_object(line: bytes, path: Path, number: int) -> dict[str, Any]:
 def _parquet(path: Path, name: str, source: Source, reading: Reading) -> Iterator[Record]:
     pyarrow = _required("pyarrow", path)
     parquet = importlib.import_module("pyarrow.parquet")
-    before, size, row = reading.done, path.stat().st_size, 0
+    before, past, size, row = reading.done, reading.record, path.stat().st_size, 0
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
@@ -179,14 +195,30 @@ def _parquet(path: Path, name: str, source: Source, reading: Reading) -> Iterato
                     key="data.sources.template" if source.template else "data.sources.field",
                     remedy="name a column that the file has",
                 )
-            for batch in file.iter_batches(batch_size=_ROWS, columns=source.fields):
+            row, groups = _row_groups(file.metadata, past)
+            for batch in file.iter_batches(batch_size=_ROWS, columns=source.fields, row_groups=groups):
+                if row + len(batch) <= past:
+                    row += len(batch)
+                    continue
                 for fields in batch.to_pylist():
-                    yield Record(f"{name}:{row}", fields)
                     row += 1
-                reading.done = before + size * row // max(file.metadata.num_rows, 1)
+                    if row > past:
+                        reading.done, reading.record = before + size * row // file.metadata.num_rows, row
+                        yield Record(f"{name}:{row - 1}", fields)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"is damaged after row {row} ({error})", file=path, remedy=_DAMAGED) from None
     reading.done = before + size
+
+
+def _row_groups(metadata: Any, past: int) -> tuple[int, list[int]]:
+    """The row groups that hold rows from number ``past`` on, and the number of the first row in them."""
+    first = 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if first + rows > past:
+            return first, list(range(group, metadata.num_row_groups))
+        first += rows
+    return first, []
 
 
 def data_set_records(source: Source, reading: Reading) -> Iterator[Record]:
@@ -199,11 +231,13 @@ def data_set_records(source: Source, reading: Reading) -> Iterator[Record]:
     try:
         found = _from_hub(datasets, source) if source.path.startswith(HUB) else _from_disk(datasets, source)
         reading.total = _size(source, found)
-        rows = getattr(found, "num_rows", 0)
+        rows, past = getattr(found, "num_rows", 0), reading.record
         if found.column_names is not None and set(source.fields) <= set(found.column_names):
             found = found.select_columns(source.fields)  # other columns are not read
-        for row, fields in enumerate(found):
-            reading.done = reading.total * row // rows if rows else 0
+        if rows and past >= rows:  # which skip refuses
+            return
+        for row, fields in enumerate(found.skip(past) if past else found, start=past):
+            reading.done, reading.record = reading.total * (row + 1) // rows if rows else 0, row + 1
             yield Record(f"row {row}", fields)
         reading.done = reading.total
     except (UserError, GeneratorExit):
@@ -211,7 +245,7 @@ def data_set_records(source: Source, reading: Reading) -> Iterator[Record]:
     except Exception as error:  # datasets raises exceptions of a dozen libraries
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(
-            f"datasets cannot read it: {lines[0]}",
+            f"datasets cannot read it: {lines[0].rstrip('.')}",
             file=source.path,
             remedy="check path, config, split and revision, and the network if it is on the hub; what was tokenised "
             "is kept",
@@ -231,6 +265,14 @@ def _from_hub(datasets: Any, source: Source) -> Any:
 def _from_disk(datasets: Any, source: Source) -> Any:
     found = datasets.load_from_disk(source.path)
     if not isinstance(found, Mapping):  # one split alone
+        if source.split not in (None, str(found.split)):
+            raise UserError(
+                f"is no split of it: it has one alone, called {found.split}",
+                file=source.path,
+                key="data.sources.split",
+                value=source.split,
+                remedy="leave it out",
+            )
         return found
     split = source.split or "train"
     if split not in found:
