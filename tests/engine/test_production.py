@@ -34,12 +34,12 @@ def engine_of(target, plan, folder, precision="fp32"):
     return engine
 
 
-def worst_difference(target, folder, precision="fp32"):
+def worst_difference(target, folder, precision="fp32", plan=PRODUCTION):
     """The largest relative difference of any gradient, read from the moments after one step from zero."""
     batch = random_batch(target, 3, documents=True)
     states = []
-    for plan in (Plan.textbook(), PRODUCTION):
-        engine = engine_of(target, plan, folder, precision)
+    for each in (Plan.textbook(), plan):
+        engine = engine_of(target, each, folder, precision)
         losses = [float(engine.step(batch, 1e-2).loss), float(engine.loss(batch))]
         states.append((losses, engine.state()))
     (expected_losses, expected), (losses, found) = states
@@ -56,6 +56,12 @@ def worst_difference(target, folder, precision="fp32"):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_the_explicit_schedules(architecture, documents, tmp_path):
     assert worst_difference(tiny_target(architecture, data={"documents": documents}), tmp_path) < 1e-5
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("products", ["onednn", "torch"])
+def test_products_of_either_library(products, tmp_path):
+    assert worst_difference(tiny_target(), tmp_path, plan=PRODUCTION.with_choice("products", products)) < 1e-5
 
 
 @pytest.mark.usefixtures("eager")

@@ -24,7 +24,7 @@ import ruff
 
 from forgetrain.engine.plan import HOPPER, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
-from forgetrain.ops import blocked, regions
+from forgetrain.ops import blocked, products, regions
 from forgetrain.ops.table import OPS
 from forgetrain.spec.target import Target
 
@@ -62,8 +62,11 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     functions = [function for variant in variants.values() for function in variant.functions]
     compiled = []
     if production:
-        compiled = [f for f in vars(regions).values() if inspect.isfunction(f) and _needs_region(f.__name__, target)]
+        compiled = [
+            f for f in vars(regions).values() if inspect.isfunction(f) and _needs_region(f.__name__, target, plan)
+        ]
         functions += [*compiled, *(f for f in vars(blocked).values() if inspect.isfunction(f))]
+        functions += [getattr(products, f"{name}_{plan['products']}") for name in ("product", "weight_gradient")]
     decided = [*used, *(SCHEDULE if production else STRUCTURE)]
     header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
     template = _TEMPLATES.get_template("production.py.j2" if production else "decoder.py.j2")
@@ -118,7 +121,9 @@ def _module_source(name: str) -> str:
     return comment + "\n\n" + "\n".join(text.splitlines()[last:]).strip() + "\n"
 
 
-def _needs_region(name: str, target: Target) -> bool:
+def _needs_region(name: str, target: Target, plan: Plan) -> bool:
+    if name == "transposed_region":
+        return plan["products"] == "onednn"
     return name.endswith("_region") and (target.model.qk_norm or not name.startswith("head_norm"))
 
 

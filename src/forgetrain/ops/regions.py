@@ -39,6 +39,11 @@ def norm_backward_region(
     return d_x.to(x.dtype), (d_wide * normed).sum(0)
 
 
+def transposed_region(x: Tensor) -> Tensor:
+    """x_TD -> x_DT."""
+    return x.t().contiguous()
+
+
 def swiglu_region(gate_up: Tensor) -> Tensor:
     """[gate, up]_T2F -> silu(gate) · up, [T, F]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
