@@ -87,6 +87,26 @@ def rope_backward_region(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin
     return torch.cat(parts, dim=-1).to(d_q.dtype)
 
 
+def rope_rows_region(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
+    """The same of q_NSGRK, k_NSGK and v_NSGK as rows of the columns [Q, K, V]: -> [N · S, (R + 2) · G · K]."""
+    n, s, _, _, size = q.shape
+    cos, sin = cos[:, :, None, : size // 2], sin[:, :, None, : size // 2]
+    q_turned = turned(q, cos[:, :, None], sin[:, :, None]) * scale
+    parts = [part.reshape(n * s, -1) for part in (q_turned, turned(k, cos, sin), v.float())]
+    return torch.cat(parts, dim=-1).to(q.dtype)
+
+
+def rope_rows_backward_region(
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """d_q_NSGRK, d_k_NSGK and d_v_NSGK, fp32, turned back: -> the gradient of the columns [Q, K, V], in ``dtype``."""
+    n, s, _, _, size = d_q.shape
+    cos, sin = cos[:, :, None, : size // 2], sin[:, :, None, : size // 2]
+    q_back = turned(d_q, cos[:, :, None], -sin[:, :, None]) * scale
+    parts = [part.reshape(n * s, -1) for part in (q_back, turned(d_k, cos, -sin), d_v)]
+    return torch.cat(parts, dim=-1).to(dtype)
+
+
 def head_norm_region(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """QK-norm: RMSNorm of each head of x_NS...K over K -> (normed, inverse fp32 [N, S, ..., 1])."""
     wide = x.float()
