@@ -138,7 +138,7 @@ def _needs_region(name: str, target: Target, plan: Plan) -> bool:
     if name == "transposed_region":
         return plan["products"] == "onednn"
     if name.startswith("rope_"):
-        return name.endswith("_region") and name.startswith("rope_rows") == (plan["attention_kernel"] == "native")
+        return name.endswith("_region") and plan["attention_kernel"] == "blocked"
     return name.endswith("_region") and (target.model.qk_norm or not name.startswith("head_norm"))
 
 

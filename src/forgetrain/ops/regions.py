@@ -54,8 +54,9 @@ def swiglu_backward_region(gate_up: Tensor, d_out: Tensor) -> Tensor:
     """-> [d_gate, d_up]_T2F."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     sigmoid, d_wide = torch.sigmoid(gate), d_out.float()
-    d_gate = d_wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    return torch.cat((d_gate, d_wide * gate * sigmoid), dim=-1).to(gate_up.dtype)
+    d_gate, d_up = d_wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), d_wide * gate * sigmoid
+    # rounded before they are joined: the other way about, the compiler writes and reads an fp32 tensor between
+    return torch.cat((d_gate.to(gate_up.dtype), d_up.to(gate_up.dtype)), dim=-1)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -83,28 +84,8 @@ def rope_backward_region(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin
     cos, sin = cos[:, :, None, : size // 2], sin[:, :, None, : size // 2]
     q_back = turned(d_q.transpose(1, 2), cos[:, :, None], -sin[:, :, None]) * scale
     k_back = turned(d_k.transpose(1, 2), cos, -sin)
-    parts = [part.reshape(n * s, -1) for part in (q_back, k_back, d_v.transpose(1, 2))]
-    return torch.cat(parts, dim=-1).to(d_q.dtype)
-
-
-def rope_rows_region(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, scale: float) -> Tensor:
-    """The same of q_NSGRK, k_NSGK and v_NSGK as rows of the columns [Q, K, V]: -> [N · S, (R + 2) · G · K]."""
-    n, s, _, _, size = q.shape
-    cos, sin = cos[:, :, None, : size // 2], sin[:, :, None, : size // 2]
-    q_turned = turned(q, cos[:, :, None], sin[:, :, None]) * scale
-    parts = [part.reshape(n * s, -1) for part in (q_turned, turned(k, cos, sin), v.float())]
-    return torch.cat(parts, dim=-1).to(q.dtype)
-
-
-def rope_rows_backward_region(
-    d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
-) -> Tensor:
-    """d_q_NSGRK, d_k_NSGK and d_v_NSGK, fp32, turned back: -> the gradient of the columns [Q, K, V], in ``dtype``."""
-    n, s, _, _, size = d_q.shape
-    cos, sin = cos[:, :, None, : size // 2], sin[:, :, None, : size // 2]
-    q_back = turned(d_q, cos[:, :, None], -sin[:, :, None]) * scale
-    parts = [part.reshape(n * s, -1) for part in (q_back, turned(d_k, cos, -sin), d_v)]
-    return torch.cat(parts, dim=-1).to(dtype)
+    parts = [part.to(d_q.dtype).reshape(n * s, -1) for part in (q_back, k_back, d_v.transpose(1, 2))]
+    return torch.cat(parts, dim=-1)
 
 
 def head_norm_region(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

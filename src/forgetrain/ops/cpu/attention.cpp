@@ -3,9 +3,10 @@
 // logarithm of their sum (FlashAttention-2, arXiv 2307.08691). Sums are fp32. bf16 numbers are multiplied in pairs where
 // the processor can (AVX-512-BF16), for which probabilities and their gradients are rounded to bf16; else in fp32.
 //
-// The engine's file defines G key heads a token, R query heads of each, K numbers a head, Number, and whether these sizes
-// allow for pairs (PAIRS) before this text. Columns of qkv are [Q, K, V], Q already scaled; first[position] is the first
-// key that a position sees.
+// The engine's file defines G key heads a token, R query heads of each, K numbers a head, SCALE of the scores, Number, and
+// whether these sizes allow for pairs (PAIRS) before this text. Columns of qkv are [Q, K, V]; RoPE turns Q and K on the way in and their
+// gradients on the way out, by the cosines and sines of [positions, K], the same in both halves. first[position] is the
+// first key that a position sees.
 #pragma GCC optimize("fp-contract=fast")
 #include <algorithm>
 #include <cmath>
@@ -30,10 +31,11 @@ static inline Lanes wide(const float* p) { return load(p); }
 static inline Lanes wide(const uint16_t* p) {
     return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Whole) << 16);
 }
-static inline void narrow(float x, float* p) { *p = x; }
-static inline void narrow(float x, uint16_t* p) {
-    uint32_t b; std::memcpy(&b, &x, 4);
-    *p = x != x ? 0x7fc0 : uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+static inline void narrow(Lanes x, float* p) { store(p, x); }
+static inline void narrow(Lanes x, uint16_t* p) {
+    Whole bits = (Whole)x;
+    Whole even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x == x ? even : Whole{} + 0x7fc0, Halves);
 }
 
 // exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2.
@@ -61,6 +63,20 @@ static inline Whole seen(int64_t j, int64_t from, int64_t position) {
 
 static inline void rows_of(const Number* x, int64_t count, int64_t stride, float* out) {
     for (int64_t i = 0; i < count; i++) for (int c = 0; c < C; c++) store(out + i * K + c * W, wide(x + i * stride + c * W));
+}
+
+// A head x_K turned by the angles of one position, times scale; sign -1 turns back.
+static inline void rope(float* __restrict x, const float* __restrict cos, const float* __restrict sin, float sign,
+                        float scale) {
+    for (int d = 0; d < K / 2; d++) {
+        float a = x[d], b = x[d + K / 2], c = cos[d] * scale, w = sin[d] * sign * scale;
+        x[d] = a * c - b * w;
+        x[d + K / 2] = b * c + a * w;
+    }
+}
+
+static inline void narrow_rows(const float* x, int64_t count, Number* out) {
+    for (int64_t i = 0; i < count * K; i += W) narrow(load(x + i), out + i);
 }
 
 #ifdef PAIRED
@@ -177,7 +193,8 @@ static inline void scatter(const float* p, int64_t width, const Cell* a, int64_t
         }
 }
 
-static void forward(const Number* qkv, const int64_t* first, Number* out, float* log_sum, int64_t n, int64_t s) {
+static void forward(const Number* qkv, const float* cos, const float* sin, const int64_t* first, Number* out,
+                    float* log_sum, int64_t n, int64_t s) {
     int64_t width = (s + TILE - 1) / TILE * TILE;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t task = 0; task < n * G; task++) {
@@ -187,11 +204,13 @@ static void forward(const Number* qkv, const int64_t* first, Number* out, float*
         Cells kt(K * width / PER), v_rows((s + 1) * K), q_row(R * K), scratch(R * width);
         rows_of(base + Q_WIDTH + g * K, s, STRIDE, k.data());
         rows_of(base + Q_WIDTH + (G + g) * K, s, STRIDE, v.data());
+        for (int64_t i = 0; i < s; i++) rope(&k[i * K], cos + (row * s + i) * K, sin + (row * s + i) * K, 1, 1);
         turned(k.data(), s, width, kt.data());
         down(v.data(), s + s % PER, v_rows.data());
         for (int64_t i = 0; i < s; i++) {
             float q[R * K];
             rows_of(base + i * STRIDE + g * R * K, R, K, q);
+            for (int r = 0; r < R; r++) rope(q + r * K, cos + (row * s + i) * K, sin + (row * s + i) * K, 1, SCALE);
             along(q, R, q_row.data());
             int64_t from = first[row * s + i], start = from / TILE * TILE, end = i / TILE * TILE + TILE;
             Lanes most[R], total[R];
@@ -225,18 +244,15 @@ static void forward(const Number* qkv, const int64_t* first, Number* out, float*
             }
             Lanes o[R][C];
             gather(p.data(), width, v_rows.data(), from, i + 1, scratch.data(), o);
-            Number* to = out + (row * s + i) * Q_WIDTH + g * R * K;
-            for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) {
-                float x[W];
-                store(x, o[r][c] * total[r]);
-                for (int l = 0; l < W; l++) narrow(x[l], to + r * K + c * W + l);
-            }
+            float context[R * K];
+            for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(context + r * K + c * W, o[r][c] * total[r]);
+            narrow_rows(context, R, out + (row * s + i) * Q_WIDTH + g * R * K);
         }
     }
 }
 
-static void backward(const Number* qkv, const int64_t* first, const Number* out, const float* log_sum,
-                         const Number* d_out, float* d_qkv, int64_t n, int64_t s) {
+static void backward(const Number* qkv, const float* cos, const float* sin, const int64_t* first, const Number* out,
+                     const float* log_sum, const Number* d_out, Number* d_qkv, int64_t n, int64_t s) {
     int64_t width = (s + TILE - 1) / TILE * TILE;
 #pragma omp parallel for schedule(dynamic, 1)
     for (int64_t task = 0; task < n * G; task++) {
@@ -248,6 +264,7 @@ static void backward(const Number* qkv, const int64_t* first, const Number* out,
         std::vector<float> dk(s * K), dv(s * K), dk_part(s * K), dv_part(s * K);
         rows_of(base + Q_WIDTH + g * K, s, STRIDE, k.data());
         rows_of(base + Q_WIDTH + (G + g) * K, s, STRIDE, v.data());
+        for (int64_t i = 0; i < s; i++) rope(&k[i * K], cos + (row * s + i) * K, sin + (row * s + i) * K, 1, 1);
         turned(k.data(), s, width, kt.data());
         turned(v.data(), s, width, vt.data());
         down(k.data(), s + s % PER, k_rows.data());
@@ -257,6 +274,7 @@ static void backward(const Number* qkv, const int64_t* first, const Number* out,
             rows_of(base + i * STRIDE + g * R * K, R, K, q);
             rows_of(out + at, R, K, o);
             rows_of(d_out + at, R, K, go);
+            for (int r = 0; r < R; r++) rope(q + r * K, cos + (row * s + i) * K, sin + (row * s + i) * K, 1, SCALE);
             along(q, R, q_row.data()), down(q, R, q_down.data());
             along(go, R, go_row.data()), down(go, R, go_down.data());
             for (int r = 0; r < R; r++) {
@@ -284,8 +302,10 @@ static void backward(const Number* qkv, const int64_t* first, const Number* out,
             }
             Lanes dq[R][C];
             gather(ds.data(), width, k_rows.data(), from, i + 1, scratch.data(), dq);
-            float* to = d_qkv + (row * s + i) * STRIDE + g * R * K;
-            for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(to + r * K + c * W, dq[r][c]);
+            float back[R * K];
+            for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(back + r * K + c * W, dq[r][c]);
+            for (int r = 0; r < R; r++) rope(back + r * K, cos + (row * s + i) * K, sin + (row * s + i) * K, -1, SCALE);
+            narrow_rows(back, R, d_qkv + (row * s + i) * STRIDE + g * R * K);
             scatter(p.data(), width, go_down.data(), from, i + 1, scratch.data(), dv_part.data());
             scatter(ds.data(), width, q_down.data(), from, i + 1, scratch.data(), dk_part.data());
             if ((i + 1) % SPAN == 0 || i + 1 == s)
@@ -295,15 +315,16 @@ static void backward(const Number* qkv, const int64_t* first, const Number* out,
                 }
         }
         for (int64_t i = 0; i < s; i++) {
-            float* to = d_qkv + (row * s + i) * STRIDE + Q_WIDTH + g * K;
-            std::copy_n(dk.data() + i * K, K, to);
-            std::copy_n(dv.data() + i * K, K, to + G * K);
+            Number* to = d_qkv + (row * s + i) * STRIDE + Q_WIDTH + g * K;
+            rope(&dk[i * K], cos + (row * s + i) * K, sin + (row * s + i) * K, -1, 1);
+            narrow_rows(&dk[i * K], 1, to);
+            narrow_rows(&dv[i * K], 1, to + G * K);
         }
     }
 }
 
-extern "C" void kernel(const Number* qkv, const int64_t* first, Number* out, float* log_sum, const Number* d_out,
-                       float* d_qkv, int64_t n, int64_t s, int64_t back) {
-    if (back) backward(qkv, first, out, log_sum, d_out, d_qkv, n, s);
-    else forward(qkv, first, out, log_sum, n, s);
+extern "C" void kernel(const Number* qkv, const float* cos, const float* sin, const int64_t* first, Number* out,
+                       float* log_sum, const Number* d_out, Number* d_qkv, int64_t n, int64_t s, int64_t back) {
+    if (back) backward(qkv, cos, sin, first, out, log_sum, d_out, d_qkv, n, s);
+    else forward(qkv, cos, sin, first, out, log_sum, n, s);
 }
