@@ -10,13 +10,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 
 def compiled_attention(
     source: str, groups: int, heads_per_group: int, head_dim: int, scale: float, dtype: torch.dtype
 ) -> Callable:
     """The kernel for these sizes, built on the first call in an environment: two seconds."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache  # takes a second, so not before it is needed
+
     number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
     pairs = int(dtype == torch.bfloat16 and head_dim % 16 == 0 and heads_per_group % 2 == 0)
     sizes = f"constexpr int G = {groups}, R = {heads_per_group}, K = {head_dim};\nconstexpr float SCALE = {scale!r};"
