@@ -5,6 +5,7 @@ import torch
 
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import load_engine, write_engine
+from forgetrain.errors import UserError
 from forgetrain.numerics.init import initial_weights
 from tests.tiny import ARCHITECTURES, random_batch, tiny_target
 
@@ -34,12 +35,12 @@ def engine_of(target, plan, folder, precision="fp32"):
     return engine
 
 
-def worst_difference(target, folder, precision="fp32"):
+def worst_difference(target, folder, precision="fp32", plan=PRODUCTION):
     """The largest relative difference of any gradient, read from the moments after one step from zero."""
     batch = random_batch(target, 3, documents=True)
     states = []
-    for plan in (Plan.textbook(), PRODUCTION):
-        engine = engine_of(target, plan, folder, precision)
+    for each in (Plan.textbook(), plan):
+        engine = engine_of(target, each, folder, precision)
         losses = [float(engine.step(batch, 1e-2).loss), float(engine.loss(batch))]
         states.append((losses, engine.state()))
     (expected_losses, expected), (losses, found) = states
@@ -56,6 +57,33 @@ def worst_difference(target, folder, precision="fp32"):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_the_explicit_schedules(architecture, documents, tmp_path):
     assert worst_difference(tiny_target(architecture, data={"documents": documents}), tmp_path) < 1e-5
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(("key", "name"), [("products", "torch"), ("attention_kernel", "blocked")])
+@pytest.mark.parametrize("documents", ["ignore", "mask"])
+def test_what_torch_has_itself(documents, key, name, tmp_path):
+    target = tiny_target("qwen3", data={"documents": documents})
+    assert worst_difference(target, tmp_path, plan=PRODUCTION.with_choice(key, name)) < 1e-5
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("documents", ["ignore", "mask"])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(8, 1, 16), (6, 2, 32), (2, 2, 6)])
+def test_the_native_kernel_of_other_sizes(heads, groups, size, documents, tmp_path):
+    """Rows of 45 positions: neither its tiles nor its spans divide them, and pairs of keys leave one over."""
+    model = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": size}
+    recipe = {"sequence_length": 45, "batch_size": 2, "micro_batch_size": 2}
+    target = tiny_target(model={**model, "max_position_embeddings": 64}, recipe=recipe, data={"documents": documents})
+    for precision, limit in (("fp32", 1e-5), ("bf16", 3e-2)):
+        assert worst_difference(target, tmp_path, precision) < limit
+
+
+def test_the_native_kernel_is_for_cpus():
+    target = tiny_target(hardware={"name": "h200"})
+    with pytest.raises(UserError, match="attention_kernel"):
+        write_engine(target, PRODUCTION)
+    assert write_engine(target, PRODUCTION.with_choice("attention_kernel", "blocked"))
 
 
 @pytest.mark.usefixtures("eager")

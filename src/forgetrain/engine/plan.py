@@ -45,7 +45,15 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
         "every op forward and backward by itself, for aligning; or fused regions, blocks and flat buffers, for speed; "
         "or Triton kernels, cuBLAS, cuDNN and CUDA graphs, for speed on a Hopper GPU",
     ),
-    "attention_block": (("32", "16", "64", "128"), "query positions whose scores exist at a time"),
+    "products": (
+        ("onednn", "torch"),
+        "fp32 products of two matrices by oneDNN, or by whatever torch.mm takes: MKL on x86. In bf16 both are oneDNN",
+    ),
+    "attention_kernel": (
+        ("native", "blocked"),
+        "a C++ kernel that keeps scores in the caches, for CPUs alone; or torch's products, block by block",
+    ),
+    "attention_block": (("32", "16", "64", "128"), "query positions whose scores exist at a time; for blocked"),
     "head_rows": (("512", "256", "1024", "2048"), "tokens whose logits exist at a time"),
 }
 

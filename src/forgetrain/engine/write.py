@@ -24,7 +24,7 @@ import ruff
 
 from forgetrain.engine.plan import HOPPER, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
-from forgetrain.ops import blocked, regions
+from forgetrain.ops import blocked, native, products, regions
 from forgetrain.ops.table import OPS
 from forgetrain.spec.target import Target
 
@@ -43,6 +43,12 @@ _NOT_COMPUTED = {"max_position_embeddings", "initializer_range", "bos_token_id",
 #: The ops of which the production schedule still takes a variant; the others are its regions and blocks.
 _PRODUCTION_OPS = ("rope_tables",)
 
+#: What each of the production schedule's kernels of attention needs.
+_ATTENTION = {
+    "native": [native.compiled_attention, native.attention_native_forward, native.attention_native_backward],
+    "blocked": [blocked.attention_blocked_forward, blocked.attention_blocked_backward],
+}
+
 #: The modules of ops.cuda that the hopper schedule is made of.
 _HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swiglu", "cross_entropy", "adamw")
 
@@ -53,6 +59,9 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         return write_hopper(target, plan, facts)
     model = target.model
     production = plan["schedule"] == "production"
+    if production and plan["attention_kernel"] == "native" and target.hardware.device != "cpu":
+        remedy = 'choose attention_kernel = "blocked"'
+        raise UserError("that kernel is for CPUs", key="attention_kernel", value="native", remedy=remedy)
     used = _PRODUCTION_OPS if production else tuple(OPS)
     if not model.qk_norm:
         used = tuple(key for key in used if key != "qk_norm")
@@ -62,9 +71,15 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     functions = [function for variant in variants.values() for function in variant.functions]
     compiled = []
     if production:
-        compiled = [f for f in vars(regions).values() if inspect.isfunction(f) and _needs_region(f.__name__, target)]
-        functions += [*compiled, *(f for f in vars(blocked).values() if inspect.isfunction(f))]
+        compiled = [
+            f for f in vars(regions).values() if inspect.isfunction(f) and _needs_region(f.__name__, target, plan)
+        ]
+        functions += [*compiled, blocked.norm_blocked]
+        functions += _ATTENTION[plan["attention_kernel"]]
+        functions += [getattr(products, f"{name}_{plan['products']}") for name in ("product", "weight_gradient")]
     decided = [*used, *(SCHEDULE if production else STRUCTURE)]
+    if production and plan["attention_kernel"] == "native":
+        decided.remove("attention_block")
     header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
     template = _TEMPLATES.get_template("production.py.j2" if production else "decoder.py.j2")
     text = template.render(
@@ -75,6 +90,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         documents=target.data.documents,
         sources=_sources(functions, compiled),
         plan=dict(plan.items()),
+        attention_source=importlib.resources.files("forgetrain.ops.cpu").joinpath("attention.cpp").read_text("utf-8"),
         v={key: variant.name for key, variant in variants.items()},
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
         residual_scale="None" if model.residual_scale is None else "RESIDUAL_SCALE",
@@ -118,7 +134,11 @@ def _module_source(name: str) -> str:
     return comment + "\n\n" + "\n".join(text.splitlines()[last:]).strip() + "\n"
 
 
-def _needs_region(name: str, target: Target) -> bool:
+def _needs_region(name: str, target: Target, plan: Plan) -> bool:
+    if name == "transposed_region":
+        return plan["products"] == "onednn"
+    if name.startswith("rope_"):
+        return name.endswith("_region") and plan["attention_kernel"] == "blocked"
     return name.endswith("_region") and (target.model.qk_norm or not name.startswith("head_norm"))
 
 

@@ -39,6 +39,11 @@ def norm_backward_region(
     return d_x.to(x.dtype), (d_wide * normed).sum(0)
 
 
+def transposed_region(x: Tensor) -> Tensor:
+    """x_TD -> x_DT."""
+    return x.t().contiguous()
+
+
 def swiglu_region(gate_up: Tensor) -> Tensor:
     """[gate, up]_T2F -> silu(gate) · up, [T, F]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
@@ -49,8 +54,9 @@ def swiglu_backward_region(gate_up: Tensor, d_out: Tensor) -> Tensor:
     """-> [d_gate, d_up]_T2F."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     sigmoid, d_wide = torch.sigmoid(gate), d_out.float()
-    d_gate = d_wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    return torch.cat((d_gate, d_wide * gate * sigmoid), dim=-1).to(gate_up.dtype)
+    d_gate, d_up = d_wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), d_wide * gate * sigmoid
+    # rounded before they are joined: the other way about, the compiler writes and reads an fp32 tensor between
+    return torch.cat((d_gate.to(gate_up.dtype), d_up.to(gate_up.dtype)), dim=-1)
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,8 +84,8 @@ def rope_backward_region(d_q: Tensor, d_k: Tensor, d_v: Tensor, cos: Tensor, sin
     cos, sin = cos[:, :, None, : size // 2], sin[:, :, None, : size // 2]
     q_back = turned(d_q.transpose(1, 2), cos[:, :, None], -sin[:, :, None]) * scale
     k_back = turned(d_k.transpose(1, 2), cos, -sin)
-    parts = [part.reshape(n * s, -1) for part in (q_back, k_back, d_v.transpose(1, 2))]
-    return torch.cat(parts, dim=-1).to(d_q.dtype)
+    parts = [part.to(d_q.dtype).reshape(n * s, -1) for part in (q_back, k_back, d_v.transpose(1, 2))]
+    return torch.cat(parts, dim=-1)
 
 
 def head_norm_region(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

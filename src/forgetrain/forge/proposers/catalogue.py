@@ -7,6 +7,7 @@ in its ledger, so that none is proposed again.
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import optuna
@@ -17,6 +18,8 @@ from forgetrain.forge.proposers.base import Brief, NoProposal, Proposal
 from forgetrain.spec.target import Target
 
 _SIZES = tuple(key for key in SCHEDULE if key != "schedule")
+#: What a target that does not run on a CPU leaves out of the search, and takes instead.
+_ON_A_GPU = {"products": "torch", "attention_kernel": "blocked"}
 
 
 class Catalogue:
@@ -27,8 +30,14 @@ class Catalogue:
     def __init__(self, target: Target, start: Plan, seed: int = 0):
         self._target = target
         self._start = start.with_choice("schedule", "production").with_choice("rope_tables", "fp32")
-        options = {key: optuna.distributions.CategoricalDistribution(SCHEDULE[key][0]) for key in _SIZES}
-        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {**options}
+        options = {key: SCHEDULE[key][0] for key in _SIZES}
+        if target.hardware.device != "cpu":
+            for key, name in _ON_A_GPU.items():
+                options[key], self._start = (name,), self._start.with_choice(key, name)
+        self._options = options
+        self._distributions: dict[str, optuna.distributions.BaseDistribution] = {
+            key: optuna.distributions.CategoricalDistribution(names) for key, names in options.items()
+        }
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -71,8 +80,8 @@ class Catalogue:
 
     @property
     def size(self) -> int:
-        """How many plans there are."""
-        count = 1
-        for key in _SIZES:
-            count *= len(SCHEDULE[key][0])
-        return count
+        """How many engines there are: the native kernel of attention has no blocks to choose a size for."""
+        counts = {key: len(names) for key, names in self._options.items()}
+        blocks = counts.pop("attention_block")
+        kernels = counts.pop("attention_kernel")
+        return math.prod(counts.values()) * (blocks + kernels - 1)
