@@ -13,6 +13,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.forge.optimise import Loop
+from forgetrain.forge.profile import Profile
 from forgetrain.forge.proposers.base import NoProposal, Proposal
 from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.gates.verdict import Verdict
@@ -114,6 +115,24 @@ def test_of_a_hidden_gate_a_brief_tells_pass_or_fail_alone(tmp_path):
     assert "secret" not in script.briefs[1].markdown()
     assert script.briefs[1].first_failure == "G4 failed"
     assert "G7" in script.briefs[2].first_failure
+
+
+def test_a_brief_tells_where_the_champions_time_goes(tmp_path):
+    target, profiled = prepared(tmp_path), []
+
+    def profiler(file):
+        profiled.append(file.read_text()[:12])
+        return Profile(0.1, {"linear": 0.07, "attention": 0.03}, 1e12, 1e12, [])
+
+    script = Script(["speed = 1.2\n", "bad\n"])
+    loop(target, tmp_path, script, profiler=profiler).run()
+    assert script.briefs[0].profile == (("linear", pytest.approx(0.7)), ("attention", pytest.approx(0.3)))
+    assert "- linear: 70%" in script.briefs[0].markdown()
+    assert script.briefs[0].gaps == ("linear", "attention")
+    again = loop(target, tmp_path, Script([]), profiler=profiler)
+    assert again.profile(again.ledger.champion(again.key)["candidate"]) is not None
+    assert len(profiled) == 2  # the aligned engine and the champion, each once
+    assert loop(target, tmp_path, Script([])).profile("0" * 64) is None
 
 
 def test_a_strangers_engine_that_no_sandbox_held_is_not_elected(tmp_path):

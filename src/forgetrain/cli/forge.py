@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,6 +102,7 @@ def submit(
 def open_loop(target: Target, runs: Path, proposer: Proposer | None, allow_unsandboxed: bool) -> Iterator[Loop]:
     """The loop on a prepared run; without a proposer the catalogue writes."""
     from forgetrain.forge.optimise import Loop, plan_of
+    from forgetrain.forge.profile import profile_engine
     from forgetrain.forge.proposers.catalogue import Catalogue
     from forgetrain.judge.ledger import Ledger
     from forgetrain.judge.runner import Effort, Judge
@@ -113,7 +115,12 @@ def open_loop(target: Target, runs: Path, proposer: Proposer | None, allow_unsan
         Judge(target, data=run / "data", roofline_seconds=floor, effort=Effort(keep=True)) as judge,
     ):
         writer = proposer or catalogue
-        yield Loop(target, runs, ledger, judge, writer, catalogue, say=_say, allow_unsandboxed=allow_unsandboxed)
+        yield Loop(
+            *(target, runs, ledger, judge, writer, catalogue),
+            say=_say,
+            allow_unsandboxed=allow_unsandboxed,
+            profiler=partial(profile_engine, judge),
+        )
 
 
 def _say(line: str) -> None:

@@ -28,7 +28,7 @@ def command(
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
 ) -> None:
-    """Serve the room's tools over stdio: brief, champion, submit, verdicts, leaderboard."""
+    """Serve the room's tools over stdio: brief, champion, submit, verdicts, profile, leaderboard."""
     try:
         from mcp.server.mcpserver import MCPServer
     except ImportError:
@@ -45,7 +45,7 @@ def command(
             lambda: Room(opened.enter_context(open_loop(target, runs, None, allow_unsandboxed)))
         ).result()
         server = MCPServer("forgetrain", instructions=INSTRUCTIONS, log_level="WARNING")
-        for tool in (room.brief, room.champion, room.submit, room.verdicts, room.leaderboard):
+        for tool in (room.brief, room.champion, room.submit, room.verdicts, room.profile, room.leaderboard):
             server.tool()(_on(worker, tool))
         try:
             server.run("stdio")

@@ -23,6 +23,7 @@ from typing import Any
 
 from forgetrain.durable import new_folder, read_json, sha256_file, write_json
 from forgetrain.engine.plan import Plan
+from forgetrain.forge.profile import Profile, read_profile
 from forgetrain.forge.proposers.base import Attempt, Brief, Budget, NoProposal, Proposal, Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.forge.refs import keep_commit
@@ -35,8 +36,8 @@ from forgetrain.numerics.determinism import fingerprint
 from forgetrain.spec.target import Target
 from forgetrain.train.verified import find_verdicts
 
-#: Attempts that a brief tells of.
-TOLD = 8
+#: Attempts that a brief tells of, and ops.
+TOLD, PROFILED = 8, 5
 #: Of hidden gates a proposer sees pass or fail alone.
 OPEN_GATES = ("contract", "G1", "G7", "G8")
 
@@ -75,6 +76,7 @@ class Loop:
     Args:
         say: gets one line for each attempt.
         allow_unsandboxed: elect candidates of strangers where there is no sandbox.
+        profiler: profiles a champion's file, once in each environment; without one no brief tells where time goes.
     """
 
     def __init__(
@@ -88,10 +90,11 @@ class Loop:
         *,
         say: Callable[[str], None] = lambda line: None,
         allow_unsandboxed: bool = False,
+        profiler: Callable[[Path], Profile] | None = None,
     ):
         self.target, self.runs, self.ledger, self.judge = target, runs, ledger, judge
         self.proposer, self.catalogue, self.say = proposer, catalogue, say
-        self.allow_unsandboxed = allow_unsandboxed
+        self.allow_unsandboxed, self.profiler = allow_unsandboxed, profiler
         self.key = ledger.add_target(target)
         # speed, unlike bits, depends on the cores beside those that the threads use
         self.environment = {
@@ -279,15 +282,34 @@ class Loop:
             Attempt(row["number"], row["proposer"], row["message"] or "no candidate", row["reason"] or row["outcome"])
             for row in history[-TOLD:]
         ]
+        profile = self.profile(parent.digest)
         return Brief(
             self.target,
             parent.source,
-            None,
+            self._plan(parent.digest),
             budget,
+            profile=() if profile is None else profile.top(PROFILED),
+            gaps=() if profile is None else tuple(gap.op for gap in profile.gaps(self.target)),
             first_failure=self.first_failure,
             attempts=tuple(told),
             notes=notes,
         )
+
+    def profile(self, digest: str) -> Profile | None:
+        """Where a candidate's time goes in this environment, measured once; None without a profiler."""
+        kept = self.ledger.profile(self.key, digest, self.environment)
+        if kept is not None:
+            return read_profile(kept)
+        if self.profiler is None:
+            return None
+        profile = self.profiler(self.ledger.files.path(digest))
+        self.ledger.add_profile(self.key, digest, environment=self.environment, profile=profile.as_dict())
+        return profile
+
+    def _plan(self, digest: str) -> Plan | None:
+        """The plan that a candidate was written from, where it was."""
+        files = self.ledger.candidate(digest, self.key)["files"]
+        return Plan.read(self.ledger.files.path(files["plan.toml"])) if "plan.toml" in files else None
 
     def _judge(
         self, id: str, proposal: Proposal, parent: Champion, champion: Champion, name: str
