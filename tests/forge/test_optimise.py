@@ -38,7 +38,7 @@ class Verdicts:
         ratio = speed(source) / (speed(Path(champion).read_text()) if champion else 1.0)
         detail = {"ratio": ratio, "low": ratio, "high": ratio}
         verdicts = [Verdict("G7", ratio > 1.01, ratio, 1.01, ratio - 1.01, detail=detail, sandboxed=self.sandboxed)]
-        if gates is None:
+        if gates is None or "G4" in gates:
             verdicts.insert(0, Verdict("G4", "bad" not in source, explanation="secret", sandboxed=self.sandboxed))
         done = []
         for verdict in verdicts:
@@ -133,6 +133,36 @@ def test_a_brief_tells_where_the_champions_time_goes(tmp_path):
     assert again.profile(again.ledger.champion(again.key)["candidate"]) is not None
     assert len(profiled) == 2  # the aligned engine and the champion, each once
     assert loop(target, tmp_path, Script([])).profile("0" * 64) is None
+
+
+def test_who_was_elected_by_a_part_of_the_gates_meets_them_all_before_the_next_attempt(tmp_path):
+    target, judge = prepared(tmp_path), Verdicts()
+    quick = loop(target, tmp_path, Script([]), judge, gates=["G4", "G7"])
+    outcome = quick.replay(Proposal("speed = 1.2\n", "ships"))
+    assert outcome is not None
+    assert (outcome.elections, outcome.verified, outcome.gain) == (1, None, pytest.approx(1.2))
+    assert len(judge.seen) == 2  # judged and confirmed; nobody verified it
+    provenance = read_json(outcome.folder / "provenance.json", "")
+    assert {verdict["gate"]: verdict["pass"] for verdict in provenance["verdicts"]} == {"G4": True, "G7": True}
+    assert quick.replay(Proposal("speed = 1.2\n", "ships")) is None
+    lines = []
+    loop(target, tmp_path, Script([]), judge, say=lines.append).run()
+    assert lines[0].startswith("the champion was elected by a part of the gates: it is judged again")
+
+
+def test_no_attempt_begins_that_would_not_end_in_time(tmp_path):
+    target = prepared(tmp_path)
+    script = Script(["speed = 0.5\n", "speed = 0.6\n"])
+    made = loop(target, tmp_path, script, Verdicts(seconds=0.5))
+    answer = script.propose
+
+    def propose(brief):
+        made.until = time.monotonic() + 0.4  # as long as the first attempt takes, there is not
+        return answer(brief)
+
+    script.propose = propose
+    outcome = made.run()
+    assert (outcome.attempts, outcome.ended) == (1, "the time for searching is over")
 
 
 def test_a_strangers_engine_that_no_sandbox_held_is_not_elected(tmp_path):

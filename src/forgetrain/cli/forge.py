@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
-from forgetrain.cli.judge import roofline_seconds
 from forgetrain.cli.run import Shown
 from forgetrain.errors import UserError
 
 if TYPE_CHECKING:
-    from forgetrain.forge.optimise import Loop
     from forgetrain.forge.proposers.base import Proposer
-    from forgetrain.spec.target import Target
 
 
 def command(
@@ -47,6 +41,7 @@ def command(
     if api is None and (base_url is not None or prices != (0.0, 0.0)):
         raise UserError("is for --api", key="--base-url, --prices", remedy="add --api MODEL")
     # these load torch, the references' adapters and the judge, which other commands do without
+    from forgetrain.forge.begin import open_loop
     from forgetrain.forge.proposers.agent import Agent
     from forgetrain.forge.proposers.api import Api
     from forgetrain.pipeline import prepare
@@ -57,7 +52,7 @@ def command(
     if not prepared.passed:
         emit(prepared.as_dict(), as_json)
         raise typer.Exit(1)
-    with open_loop(target, runs, proposer, allow_unsandboxed) as loop:
+    with open_loop(target, runs, proposer, say=_say, allow_unsandboxed=allow_unsandboxed) as loop:
         outcome = loop.run()
     _say(f"{outcome.ended}. {outcome.attempts} attempts, {outcome.elections} elected")
     if outcome.folder is not None:
@@ -79,6 +74,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Bring an engine of your own: judged as any candidate, and elected if it is right and faster."""
+    from forgetrain.forge.begin import open_loop
     from forgetrain.forge.proposers.base import Proposal
     from forgetrain.pipeline import prepare
 
@@ -91,36 +87,11 @@ def submit(
     if not prepared.passed:
         emit(prepared.as_dict(), as_json)
         raise typer.Exit(1)
-    with open_loop(target, runs, None, allow_unsandboxed) as loop:
+    with open_loop(target, runs, say=_say, allow_unsandboxed=allow_unsandboxed) as loop:
         outcome = loop.submit(Proposal(source, message))
     emit(outcome.as_dict(), as_json)
     if not outcome.ended.startswith("elected"):
         raise typer.Exit(1)
-
-
-@contextmanager
-def open_loop(target: Target, runs: Path, proposer: Proposer | None, allow_unsandboxed: bool) -> Iterator[Loop]:
-    """The loop on a prepared run; without a proposer the catalogue writes."""
-    from forgetrain.forge.optimise import Loop, plan_of
-    from forgetrain.forge.profile import profile_engine
-    from forgetrain.forge.proposers.catalogue import Catalogue
-    from forgetrain.judge.ledger import Ledger
-    from forgetrain.judge.runner import Effort, Judge
-
-    run = runs / target.name
-    catalogue = Catalogue(target, plan_of(run), seed=target.recipe.seed)
-    floor = roofline_seconds(target)
-    with (
-        Ledger(runs / "ledger") as ledger,
-        Judge(target, data=run / "data", roofline_seconds=floor, effort=Effort(keep=True)) as judge,
-    ):
-        writer = proposer or catalogue
-        yield Loop(
-            *(target, runs, ledger, judge, writer, catalogue),
-            say=_say,
-            allow_unsandboxed=allow_unsandboxed,
-            profiler=partial(profile_engine, judge),
-        )
 
 
 def _say(line: str) -> None:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Overrides, RunsFolder, TargetFile, console, read_target
-from forgetrain.cli.forge import open_loop
 from forgetrain.cli.run import Shown
 from forgetrain.errors import UserError
 
@@ -33,6 +32,7 @@ def command(
         from mcp.server.mcpserver import MCPServer
     except ImportError:
         raise UserError("the mcp SDK is not installed", remedy="run pip install 'forgetrain[agents]'") from None
+    from forgetrain.forge.begin import open_loop
     from forgetrain.forge.room import Room
     from forgetrain.pipeline import prepare
 
@@ -42,7 +42,9 @@ def command(
     # the ledger's connection and the engines' processes belong to the thread that opened them
     with ThreadPoolExecutor(max_workers=1) as worker, ExitStack() as opened:
         room = worker.submit(
-            lambda: Room(opened.enter_context(open_loop(target, runs, None, allow_unsandboxed)))
+            lambda: Room(
+                opened.enter_context(open_loop(target, runs, say=console.print, allow_unsandboxed=allow_unsandboxed))
+            )
         ).result()
         server = MCPServer("forgetrain", instructions=INSTRUCTIONS, log_level="WARNING")
         for tool in (room.brief, room.champion, room.submit, room.verdicts, room.profile, room.leaderboard):

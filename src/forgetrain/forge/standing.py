@@ -103,3 +103,13 @@ def attempts_since_verification(ledger: Ledger, target: str) -> int:
         (target,),
     )
     return rows[0]["n"]
+
+
+def passed_all_gates(ledger: Ledger, target: str, candidate: str) -> bool:
+    """Whether the candidate has passed a judging by every gate."""
+    rows = ledger.query(
+        "SELECT 1 FROM judgings WHERE target = ? AND candidate = ? AND passed AND purpose IN ('gates', 'verification') "
+        "LIMIT 1",
+        (target, candidate),
+    )
+    return bool(rows)

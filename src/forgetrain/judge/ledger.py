@@ -312,7 +312,8 @@ class Ledger:
         purpose: str = "gates",
         id: str | None = None,
     ) -> str:
-        """``purpose``: gates, confirmation, or verification of the champion again. Returns the judging's id."""
+        """``purpose``: gates, part (of the gates), confirmation, verification of the champion again, or aligned.
+        Returns the judging's id."""
         key = id or uuid.uuid4().hex
         row = (key, target, candidate, purpose, json.dumps(dict(environment)), time.time())
         with self._transaction() as db:

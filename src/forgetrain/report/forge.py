@@ -108,7 +108,7 @@ class _Evidence:
         """Numbered from 1 in this target's order, with the race that decided something about their candidate."""
         raced: dict[str, Timed] = {}
         for timed in self.standing.races:
-            if timed.purpose in ("gates", "confirmation"):
+            if timed.purpose in ("gates", "part", "confirmation"):
                 raced[timed.candidate] = timed
         rows = self.ledger.query("SELECT * FROM attempts WHERE target = ? ORDER BY number", (self.key,))
         attempts = []

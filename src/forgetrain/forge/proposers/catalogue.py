@@ -65,11 +65,11 @@ class Catalogue:
         A champion of another schedule has none of these blocks, so the production schedule's own come first."""
         if brief.plan is None or brief.plan["schedule"] != self._start["schedule"]:
             return
-        worst = next((op for op in brief.gaps if any(SIZED[key] == op for key in _SIZES)), None)
+        worst = next((op for op in brief.gaps if any(SIZED.get(key) == op for key in _SIZES)), None)
         if worst is None or (brief.champion, worst) in self._seeded:
             return
         self._seeded.add((brief.champion, worst))
-        for key in (key for key in _SIZES if SIZED[key] == worst):
+        for key in (key for key in _SIZES if SIZED.get(key) == worst):
             for size in SCHEDULE[key][0]:
                 if size != brief.plan[key]:
                     self._study.enqueue_trial({**{k: brief.plan[k] for k in _SIZES}, key: size})
