@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +150,54 @@ def test_who_was_elected_by_a_part_of_the_gates_meets_them_all_before_the_next_a
     lines = []
     loop(target, tmp_path, Script([]), judge, say=lines.append).run()
     assert lines[0].startswith("the champion was elected by a part of the gates: it is judged again")
+
+
+@dataclass
+class Together:
+    """A cluster: judges as ``Verdicts`` does."""
+
+    slots: int = 3
+    rounds: list[int] = field(default_factory=list)
+
+    def judge_all(self, candidates, champion):
+        self.rounds.append(len(candidates))
+        folder = Path(tempfile.mkdtemp())
+        (folder / "champion.py").write_bytes(champion)
+        judgements = []
+        for candidate in candidates:
+            (folder / "candidate.py").write_bytes(candidate)
+            files = folder / "candidate.py", folder / "champion.py"
+            judgements.append(Verdicts().judge(files[0], champion=files[1], on_verdict=lambda verdict: None))
+        shutil.rmtree(folder)
+        return judgements
+
+
+def test_attempts_of_a_round_are_judged_at_once_and_must_beat_who_was_elected_meanwhile(tmp_path):
+    target, cluster, lines = prepared(tmp_path), Together(), []
+    script = Script(["speed = 1.5\n", "speed = 1.2\n", "bad\n", "speed = 1.5\n", "speed = 2\n"])
+    outcome = loop(target, tmp_path, script, say=lines.append, cluster=cluster).run()
+    assert cluster.rounds == [3, 1]  # one of the second round was judged before
+    assert (outcome.attempts, outcome.elections, outcome.gain) == (6, 2, pytest.approx(2.0))
+    reasons = [line.split(": ")[2].partition(" (")[0] for line in lines[:5]]
+    assert reasons == [
+        "elected, 1.500 times the champion",
+        "not confirmed",
+        "rejected by G4",
+        "nothing more",  # of the second round, before its candidates are judged
+        "was judged before",
+    ]
+    assert lines[5].startswith("attempt 5, script: tries speed = 2: elected, 1.333 times the champion")
+
+
+def test_what_a_round_had_cost_counts_once(tmp_path):
+    target = prepared(tmp_path)
+    cluster = Together()
+    judge_all = cluster.judge_all
+    cluster.judge_all = lambda *given: (time.sleep(0.6), judge_all(*given))[1]
+    made = loop(target, tmp_path, Script(["speed = 0.5\n", "speed = 0.6\n", "speed = 0.7\n"]), cluster=cluster)
+    began = time.monotonic()
+    made.run()
+    assert 0.6 < made.ledger.spent(made.key).seconds < time.monotonic() - began + 0.1
 
 
 def test_no_attempt_begins_that_would_not_end_in_time(tmp_path):

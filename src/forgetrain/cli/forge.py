@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,11 @@ from forgetrain.errors import UserError
 
 if TYPE_CHECKING:
     from forgetrain.forge.proposers.base import Proposer
+
+
+class Executor(StrEnum):
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def command(
@@ -31,6 +38,9 @@ def command(
     allow_unsandboxed: Annotated[
         bool, typer.Option("--allow-unsandboxed", help="Elect a stranger's candidate that no sandbox held.")
     ] = False,
+    executor: Annotated[
+        Executor, typer.Option(help="Where candidates are judged: this machine, or the nodes of a Ray cluster.")
+    ] = Executor.LOCAL,
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     as_json: Json = False,
@@ -46,13 +56,15 @@ def command(
     from forgetrain.forge.proposers.api import Api
     from forgetrain.pipeline import prepare
 
-    target = read_target(target_file, overrides)
+    target, ray = read_target(target_file, overrides), executor is Executor.RAY
+    if ray and importlib.util.find_spec("ray") is None:
+        raise UserError("Ray is not installed", key="--executor", remedy="run pip install 'forgetrain[ray]'")
     proposer: Proposer | None = Agent(agent) if agent else Api(api, base_url=base_url, prices=prices) if api else None
     prepared = prepare(target, runs, Shown(console, stages=3))
     if not prepared.passed:
         emit(prepared.as_dict(), as_json)
         raise typer.Exit(1)
-    with open_loop(target, runs, proposer, say=_say, allow_unsandboxed=allow_unsandboxed) as loop:
+    with open_loop(target, runs, proposer, say=_say, allow_unsandboxed=allow_unsandboxed, on_cluster=ray) as loop:
         outcome = loop.run()
     _say(f"{outcome.ended}. {outcome.attempts} attempts, {outcome.elections} elected")
     if outcome.folder is not None:

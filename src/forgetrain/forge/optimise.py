@@ -18,19 +18,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetrain.durable import new_folder, read_json, sha256_file, write_json
+from forgetrain.durable import sha256_file
 from forgetrain.engine.plan import Plan
+from forgetrain.forge.outcome import Champion, Judged, LoopOutcome
 from forgetrain.forge.profile import Profile, read_profile
 from forgetrain.forge.proposers.base import Attempt, Brief, Budget, NoProposal, Proposal, Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
+from forgetrain.forge.provenance import write_champion
 from forgetrain.forge.refs import keep_commit
 from forgetrain.forge.standing import attempts_since_verification, moved, passed_all_gates, standing
-from forgetrain.forge.stuck import ELECTED, rung
+from forgetrain.forge.stuck import ELECTED, Rung, rung
 from forgetrain.gates.verdict import Verdict
+from forgetrain.judge.cluster import Cluster
 from forgetrain.judge.ledger import Ledger
 from forgetrain.judge.runner import Judge, Judgement
 from forgetrain.numerics.determinism import fingerprint
@@ -43,33 +45,6 @@ TOLD, PROFILED = 8, 5
 OPEN_GATES = ("contract", "G1", "G7", "G8")
 
 
-@dataclass(frozen=True)
-class Champion:
-    """gain: speed against the aligned engine, the product of the confirmed ratios."""
-
-    digest: str
-    source: str
-    gain: float
-
-
-@dataclass
-class LoopOutcome:
-    """ended: why, in words. verified: whether a champion passed when it was judged again at the end; None when the
-    aligned engine was champion."""
-
-    champion: str
-    gain: float
-    attempts: int
-    elections: int
-    ended: str
-    folder: Path | None = None
-    verified: bool | None = None
-    verification: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "folder": None if self.folder is None else str(self.folder)}
-
-
 class Loop:
     """``aligned``: the run's aligned engine, from which everything begins. ``proposer`` writes candidates;
     ``catalogue`` takes over when it is stuck, and may be the same object.
@@ -78,6 +53,7 @@ class Loop:
         say: gets one line for each attempt.
         allow_unsandboxed: elect candidates of strangers where there is no sandbox.
         profiler: profiles a champion's file, once in each environment; without one no brief tells where time goes.
+        cluster: judges several candidates at once, by every gate; confirmations and verifications stay with ``judge``.
         gates: instead of all of them. Who is elected by a part of the gates goes through all before the next loop
             without this argument begins an attempt.
 
@@ -98,11 +74,12 @@ class Loop:
         allow_unsandboxed: bool = False,
         profiler: Callable[[Path], Profile] | None = None,
         gates: Sequence[str] | None = None,
+        cluster: Cluster | None = None,
     ):
         self.target, self.runs, self.ledger, self.judge = target, runs, ledger, judge
         self.proposer, self.catalogue, self.say = proposer, catalogue, say
         self.allow_unsandboxed, self.profiler = allow_unsandboxed, profiler
-        self.gates = gates
+        self.gates, self.cluster = gates, cluster
         self.until: float | None = None
         self.key = ledger.add_target(target)
         # speed, unlike bits, depends on the cores beside those that the threads use
@@ -234,18 +211,59 @@ class Loop:
         if step.stop:
             return f"stuck: {len(history)} attempts, none elected since long; last: {history[-1]['reason']}"
         proposer = self.catalogue if step.catalogue else self.proposer
+        if self.cluster is not None:
+            return self._round(self.cluster, proposer, budget, step)
+        asked = self._ask(proposer, budget, step)
+        if isinstance(asked, NoProposal):
+            return asked.reason if asked.exhausted else None
+        self._conclude(*asked, proposer.name)
+        return None
+
+    def _ask(
+        self, proposer: Proposer, budget: Budget, step: Rung
+    ) -> tuple[str, float, Proposal, Champion] | NoProposal:
+        """Begins an attempt: its id, when it began, what was proposed and from which parent; or an attempt that has
+        ended with nothing."""
         id, began = self._begin(proposer.name)
-        champion = self.champion()
+        history, champion = self._outcomes(), self.champion()
         parent = self._other_parent(champion) if step.other_parent else champion
-        brief = self._brief(parent, budget, history, step.notes)
+        brief = self._brief(parent, budget, [row for row in history if row["id"] != id], step.notes)
         answer = proposer.propose(brief)
         self.ledger.spend(id, seconds=time.monotonic() - began, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
         if isinstance(answer, NoProposal):
             self.ledger.end_attempt(id, "failed", reason=answer.reason, seconds=time.monotonic() - began)
-            self.say(f"attempt {len(history) + 1}, {proposer.name}: nothing: {answer.reason}")
-            return answer.reason if answer.exhausted else None
-        self._conclude(id, began, answer, parent, proposer.name)
-        return None
+            self.say(f"attempt {len(history)}, {proposer.name}: nothing: {answer.reason}")
+            return answer
+        return id, began, answer, parent
+
+    def _round(self, cluster: Cluster, proposer: Proposer, budget: Budget, step: Rung) -> str | None:
+        """Several attempts whose candidates are judged at once, against the champion of now. They end in the order in
+        which they were proposed; one that is elected is whom the next ones must beat when they are confirmed."""
+        asked: list[tuple[str, float, Proposal, Champion]] = []
+        ended = None
+        for _ in range(min(cluster.slots, budget.attempts)):
+            answer = self._ask(proposer, budget, step)
+            if isinstance(answer, NoProposal):
+                ended = answer.reason if answer.exhausted else None
+                break
+            asked.append(answer)
+        champion = self.champion()
+        fresh: dict[str, str] = {}  # source → judging
+        for id, _, proposal, parent in asked:
+            digest = self._enter(id, proposal, parent, proposer.name)
+            if proposal.source not in fresh and digest not in self._judged():
+                fresh[proposal.source] = self._begin_judging(digest, "gates")
+        judgements = cluster.judge_all([source.encode() for source in fresh], champion.source.encode())
+        found = dict(zip(fresh, judgements, strict=True))
+        for source, judgement in found.items():
+            for verdict in judgement.verdicts:
+                self.ledger.add_verdict(fresh[source], verdict)
+            self._end_judging(fresh[source], judgement)
+        for id, began, proposal, parent in asked:
+            judgement = found.pop(proposal.source, None)
+            judged = None if judgement is None else Judged(judgement, champion.gain, len(asked))
+            self._conclude(id, began, proposal, parent, proposer.name, judged)
+        return ended
 
     def _begin(self, name: str) -> tuple[str, float]:
         """Counts an attempt; returns its id and when it began. A champion whose turn it is is judged again first, at
@@ -271,15 +289,24 @@ class Loop:
         count = attempts_since_verification(self.ledger, self.key)
         return f"{count} attempts since the champion was verified" if count >= self.target.search.verify_every else None
 
-    def _conclude(self, id: str, began: float, proposal: Proposal, parent: Champion, name: str) -> tuple[str, str]:
-        """Judges what was proposed and ends the attempt; returns its outcome and why."""
+    def _conclude(
+        self,
+        id: str,
+        began: float,
+        proposal: Proposal,
+        parent: Champion,
+        name: str,
+        judged: Judged | None = None,
+    ) -> tuple[str, str]:
+        """Judges what was proposed, unless it was, and ends the attempt; returns its outcome and why."""
         champion = self.champion()
-        outcome, reason, ratio = self._judge(id, proposal, parent, champion, name)
-        seconds = time.monotonic() - began
+        outcome, reason, ratio = self._judge(id, proposal, parent, champion, name, judged)
+        against = champion.gain if judged is None or outcome == "accepted" else judged.gain
+        seconds = (time.monotonic() - began) / (1 if judged is None else judged.together)
         self._longest = max(self._longest, seconds)
         self.ledger.end_attempt(id, outcome, reason=reason, seconds=seconds)
-        self.catalogue.tell(proposal.source, None if ratio is None else ratio * champion.gain)
-        number = len(self._outcomes())
+        self.catalogue.tell(proposal.source, None if ratio is None else ratio * against)
+        number = [row["id"] for row in self._outcomes()].index(id) + 1
         self.say(f"attempt {number}, {name}: {proposal.message}: {reason} ({seconds:.0f} s)")
         return outcome, reason
 
@@ -333,10 +360,8 @@ class Loop:
         files = self.ledger.candidate(digest, self.key)["files"]
         return Plan.read(self.ledger.files.path(files["plan.toml"])) if "plan.toml" in files else None
 
-    def _judge(
-        self, id: str, proposal: Proposal, parent: Champion, champion: Champion, name: str
-    ) -> tuple[str, str, float | None]:
-        """(outcome, reason, ratio): through the gates, then a fresh confirmation that decides the election."""
+    def _enter(self, id: str, proposal: Proposal, parent: Champion, name: str) -> str:
+        """Keeps what was proposed; returns its digest."""
         lines = difflib.unified_diff(parent.source.splitlines(True), proposal.source.splitlines(True), "parent", "new")
         digest = self.ledger.add_candidate(
             self.key,
@@ -349,9 +374,20 @@ class Loop:
             files={} if proposal.plan is None else {"plan.toml": proposal.plan.toml().encode()},
         )
         keep_commit(self.runs, self.target.name, digest, proposal.source, proposal.message, parent.digest)
-        if digest in self._judged():
-            return "rejected", "was judged before", None
-        judgement, _ = self._through_gates(digest, champion, "gates" if self.gates is None else "part", self.gates)
+        return digest
+
+    def _judge(
+        self, id: str, proposal: Proposal, parent: Champion, champion: Champion, name: str, judged: Judged | None
+    ) -> tuple[str, str, float | None]:
+        """(outcome, reason, ratio): through the gates, then a fresh confirmation that decides the election."""
+        digest = self._enter(id, proposal, parent, name)
+        if judged is not None:
+            judgement = judged.judgement
+        else:
+            if digest in self._judged():
+                return "rejected", "was judged before", None
+            purpose = "gates" if self.gates is None else "part"
+            judgement, _ = self._through_gates(digest, champion, purpose, self.gates)
         failed = judgement.first_failure()
         if failed is not None:
             seen = failed.gate in OPEN_GATES
@@ -373,7 +409,7 @@ class Loop:
     def _through_gates(
         self, digest: str, against: Champion | None, purpose: str, gates: Sequence[str] | None, id: str | None = None
     ) -> tuple[Judgement, str]:
-        judging = self.ledger.begin_judging(self.key, digest, environment=self.environment, purpose=purpose, id=id)
+        judging = self._begin_judging(digest, purpose, id)
 
         def keep(verdict: Verdict) -> None:
             self.ledger.add_verdict(judging, verdict)
@@ -387,10 +423,16 @@ class Loop:
             gates=gates,
             on_verdict=keep,
         )
+        self._end_judging(judging, judgement)
+        return judgement, judging
+
+    def _begin_judging(self, digest: str, purpose: str, id: str | None = None) -> str:
+        return self.ledger.begin_judging(self.key, digest, environment=self.environment, purpose=purpose, id=id)
+
+    def _end_judging(self, judging: str, judgement: Judgement) -> None:
         self._speed = judgement.speed or self._speed
         self.ledger.add_samples(judging, judgement.samples)
         self.ledger.end_judging(judging, passed=judgement.passed, sandboxed=judgement.sandboxed)
-        return judgement, judging
 
     # The end.
 
@@ -448,6 +490,12 @@ class Loop:
             id = None
         return None
 
+    def _write(self, outcome: LoopOutcome) -> Path:
+        speed = {**outcome.verification.get("speed", {}), "ratio_to_aligned": outcome.gain}
+        verdicts = outcome.verification.get("verdicts", [])
+        run, champion = self.runs / self.target.name, self.ledger.candidate(outcome.champion, self.key)
+        return write_champion(run, self.target, self.ledger, champion, self.environment, verdicts, speed)
+
     def _depose(self, digest: str, judging: str, failed: Verdict) -> None:
         """The election is taken back, and so is the folder that was written for it; the ledger keeps the engine."""
         self.ledger.depose(judging)
@@ -458,32 +506,6 @@ class Loop:
         before = self.champion().digest
         whom = "the aligned engine" if before == self.baseline else before[:12]
         self.say(f"champion {digest[:12]} FAILED {failed.gate} when judged again and is deposed; {whom} is champion")
-
-    def _write(self, outcome: LoopOutcome) -> Path:
-        """The champion as a folder: the engine, its plan where it has one, and its provenance."""
-        row = self.ledger.candidate(outcome.champion, self.key)
-        golden = self.runs / self.target.name / "engine" / "golden.json"
-        folder = self.runs / self.target.name / "champion"
-        with new_folder(folder) as partial:
-            (partial / "engine.py").write_bytes(self.ledger.files.read(outcome.champion))
-            if "plan.toml" in row["files"]:
-                (partial / "plan.toml").write_bytes(self.ledger.files.read(row["files"]["plan.toml"]))
-            write_json(
-                partial / "provenance.json",
-                {
-                    "sha256": outcome.champion,
-                    "target": self.target.plain(),
-                    "environment": self.environment,
-                    "golden": read_json(golden, "align again") if golden.is_file() else None,
-                    "verdicts": outcome.verification.get("verdicts", []),
-                    "speed": {**outcome.verification.get("speed", {}), "ratio_to_aligned": outcome.gain},
-                    "lineage": [
-                        {key: line[key] for key in ("hash", "parent", "proposer", "message")}
-                        for line in self.ledger.lineage(outcome.champion)
-                    ],
-                },
-            )
-        return folder
 
 
 def _how(attempt: dict[str, Any]) -> str:
