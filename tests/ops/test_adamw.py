@@ -27,14 +27,16 @@ def test_five_updates_meet_the_formula(name):
     assert relative(p, expected) < 1e-6
 
 
-def test_torch_variant_has_the_bits_of_torchs_adamw():
+@pytest.mark.parametrize("foreach", [False, True])
+def test_torchs_variants_have_the_bits_of_torchs_adamw(foreach):
     p = randn(6, 5, seed=0)
     parameter = torch.nn.Parameter(p.clone())
-    optimizer = torch.optim.AdamW([parameter], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "foreach": foreach}
+    optimizer = torch.optim.AdamW([parameter], **options)
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for t in range(1, 6):
         grad = randn(6, 5, seed=t)
         parameter.grad = grad.clone()
         optimizer.step()
-        VARIANTS["torch"].forward(p, grad, m, v, t, *RECIPE.values())
+        VARIANTS["foreach" if foreach else "torch"].forward(p, grad, m, v, t, *RECIPE.values())
         assert torch.equal(p, parameter.detach())

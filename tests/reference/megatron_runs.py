@@ -103,7 +103,7 @@ def same(one: dict[str, Shard], other: dict[str, Shard]) -> bool:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    make_deterministic(threads=2)
+    make_deterministic(threads=2, device="cpu")
     for case in CASES:
         record(target_of(*case), folder / "-".join(case))
     record(target_of(distributed_optimizer=True), folder / "distributed")

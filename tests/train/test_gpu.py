@@ -3,6 +3,7 @@
 import pytest
 from rich.console import Console
 
+from forgetrain.numerics.device import this_gpu
 from forgetrain.train.loop import train
 from forgetrain.train.metrics import read_journal
 from tests.corpus import built
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.gpu
 def test_a_resumed_run_on_a_gpu_equals_an_uninterrupted_one(tmp_path, dtype):
     recipe, settings = {"steps": 25, "warmup_steps": 2}, {"log_every": 4, "eval_every": 10, "checkpoint_every": 8}
     target, _ = built(
-        tmp_path, recipe=recipe, train=settings, precision={"dtype": dtype}, hardware={"name": "h100", "count": 1}
+        tmp_path, recipe=recipe, train=settings, precision={"dtype": dtype}, hardware={"name": this_gpu(), "count": 1}
     )
 
     def run(**options):
@@ -28,4 +29,4 @@ def test_a_resumed_run_on_a_gpu_equals_an_uninterrupted_one(tmp_path, dtype):
     resumed, again = run(resume=True)
     assert resumed["weight_sha256"] == whole["weight_sha256"]
     assert again == losses
-    assert 0 < resumed["mfu_causal"] <= resumed["mfu_full"] < 1
+    assert 0 <= resumed["mfu_causal"] <= resumed["mfu_full"] < 1  # of a tiny model, rounded

@@ -59,7 +59,7 @@ def open_loop(
 def least_step_seconds(target: Target, say: Callable[[str], None]) -> float:
     """Seconds that no step can be faster than; 0, and a line that says so, on hardware that the table lacks."""
     try:
-        return roofline(target).bound
+        return roofline(target.at_race_shape()).bound
     except UserError as error:
         say(f"no roofline: {error}")
         return 0.0

@@ -33,6 +33,7 @@ from forgetrain.golden.batches import random_batch
 from forgetrain.golden.record import GoldenRecord, write_record
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.determinism import fingerprint
+from forgetrain.numerics.device import check_device
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import oracle_step
 from forgetrain.reference import megatron, megatron_shims
@@ -86,6 +87,7 @@ def check_reference(target: Target) -> None:
         )
     if target.reference.name == "megatron":
         megatron.refuse_unsupported(target)
+    check_device(target.hardware)
     environment(target)
 
 
@@ -154,7 +156,7 @@ def collect(target: Target, folder: Path, report: Report | None = None) -> Golde
         raise ReferenceRejected(verdict)
     tell("writing the record", 0.99)
     trajectories = {int(label.rpartition(" ")[2]): [r.as_dict() for r in first] for label, (first, _) in runs.items()}
-    on_cpu = target.hardware.device == "cpu" and name == "megatron"
+    shims = megatron_shims.shims_of(target.hardware.device) if name == "megatron" else {}
     return write_record(
         folder,
         weights=weights,
@@ -166,7 +168,7 @@ def collect(target: Target, folder: Path, report: Report | None = None) -> Golde
             "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "target": gates.plain(),
             "precision": gates.precision.dtype,
-            "reference": {"name": name, "shims": megatron_shims.SHIMS if on_cpu else {}},
+            "reference": {"name": name, "shims": shims},
             "environment": environment(target),
             "seed": seed,
             "learning_rates": [learning_rate(gates.recipe, step) for step in range(len(batches))],

@@ -97,7 +97,7 @@ class Profile:
 
     def gaps(self, target: Target) -> list[Gap]:
         """Of the ops that have a roofline, the one that loses the most time to it first."""
-        costs = op_costs(target)
+        costs = op_costs(target.at_race_shape())
         gaps = [
             Gap(op, seconds, costs[op].seconds(self.product_rate, self.bandwidth))
             for op, seconds in self.ops.items()
@@ -112,12 +112,12 @@ def read_profile(plain: Mapping[str, Any]) -> Profile:
 
 
 def profile_engine(judge: Judge, file: Path) -> Profile:
-    """Profiles an engine file at the recipe's shape.
+    """Profiles an engine file at the race's shape.
 
     Raises:
         UserError: the engine failed.
     """
-    target = judge.target
+    target = judge.race_target
     stream = Stream(target, draw_seed(), judge.data)
     found: dict[tuple[str, str], tuple[float, int]] = {}
     with judge.rival(file) as engine:
@@ -165,7 +165,7 @@ def _rates(target: Target) -> tuple[float, float]:
         device = hardware_of(target.hardware)
         return device.peak(target.precision.dtype), device.bandwidth
     dtype = torch.bfloat16 if target.precision.dtype == "bf16" else torch.float32
-    with pinned(target.hardware.threads):
+    with pinned(target.hardware):
         return measured_gemm_rate(dtype), _copy_rate()
 
 

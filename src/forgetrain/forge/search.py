@@ -24,7 +24,7 @@ from forgetrain.forge.suspects import familiar, suspects
 from forgetrain.forge.truth import Truth, show
 from forgetrain.gates.g1 import Comparison, Divergence
 from forgetrain.numerics.determinism import make_deterministic
-from forgetrain.spec.target import Target
+from forgetrain.spec.target import Hardware, Target
 
 Change = tuple[tuple[str, str], ...]
 
@@ -91,7 +91,7 @@ class Search:
 
     def walk(self, plan: Plan) -> tuple[Plan, Reach]:
         """Goes on from ``plan`` until it agrees with every truth or nothing helps; returns where it ended."""
-        with tempfile.TemporaryDirectory() as folder, pinned(self.target.hardware.threads):
+        with tempfile.TemporaryDirectory() as folder, pinned(self.target.hardware):
             self._folder = Path(folder)
             reach = self.reach(plan)
             while not reach.agrees:
@@ -104,7 +104,7 @@ class Search:
     def settle(self, plan: Plan) -> Plan:
         """Where the truths leave a choice open, takes the one that was written after the reference: the last bits that
         it decides may part on the next batch. ``plan`` agrees with every truth, and so does what is returned."""
-        with tempfile.TemporaryDirectory() as folder, pinned(self.target.hardware.threads):
+        with tempfile.TemporaryDirectory() as folder, pinned(self.target.hardware):
             self._folder = Path(folder)
             for key, options in choices(self.target).items():
                 known = [name for name in options if familiar(key, name, self.target.reference.name)]
@@ -137,7 +137,7 @@ class Search:
             )
             for number, truth in enumerate(self.truths):
                 comparison = Comparison(truth.stream(), self.target.model)
-                divergence = _compare(engine, truth, comparison)
+                divergence = _compare(engine, truth.on(self.target.hardware.device), comparison)
                 if divergence is not None:
                     return Reach(number, comparison.equal, divergence)
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
@@ -211,11 +211,11 @@ def _compare(engine: object, truth: Truth, comparison: Comparison) -> Divergence
 
 
 @contextmanager
-def pinned(threads: int) -> Iterator[None]:
+def pinned(hardware: Hardware) -> Iterator[None]:
     """The process as an engine's own process is set up, for the length of a block."""
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    make_deterministic(threads)
+    make_deterministic(hardware.threads, hardware.device)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ The names and their order are ``gates.g1.evidence_names``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,10 @@ class Truth:
     lr: float
     tensors: Mapping[str, Tensor]
     names: tuple[str, ...]
+
+    def on(self, device: str) -> Truth:
+        """The same step with its batch on a device, for an engine of this process; an engine's own process moves it."""
+        return replace(self, batch=Batch(*(tensor.to(device) for tensor in self.batch)))
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.names:

@@ -4,7 +4,6 @@ reference and known-good engines."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from forgetrain.engine.contract import Engine, Shard
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g2 import StepRecord
 from forgetrain.judge.hidden import Stream
-from forgetrain.spec.target import Recipe
 
 State = dict[str, Shard]
 
@@ -30,31 +28,18 @@ def losses(engine: Engine, stream: Stream, steps: int) -> list[float]:
     return [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(steps)]
 
 
-@dataclass(frozen=True)
-class OneStep:
-    """A step from zero moments: what was returned, and the whole state before and after."""
-
-    loss: float
-    grad_norm: float
-    applied: bool
-    before: State
-    after: State
-
-    def clipped(self, recipe: Recipe) -> list[tuple[str, Tensor]]:
-        """The clipped gradients that the moments hold, fp32, named as taps: exp_avg / (1 - beta1)."""
-        prefix = "exp_avg/"
-        return [
-            (f"{key.removeprefix(prefix)}#clipped", shard.tensor / (1 - recipe.beta1))
-            for key, shard in self.after.items()
-            if key.startswith(prefix)
-        ]
-
-
-def one_step(engine: Engine, weights: Mapping[str, Tensor], batch: Any, lr: float) -> OneStep:
+def clipped_gradients(
+    engine: EngineProcess, weights: Mapping[str, Tensor], batch: Any, lr: float
+) -> list[tuple[str, Tensor]]:
+    """The clipped gradients of a step from zero moments, fp32, named as taps; the first moments hold them:
+    exp_avg / (1 - beta1)."""
     engine.load(weights)
-    before = engine.state()
-    result = engine.step(batch, lr)
-    return OneStep(float(result.loss), float(result.grad_norm), bool(result.applied), before, engine.state())
+    engine.step(batch, lr)
+    prefix, share = "exp_avg/", 1 - engine.target.recipe.beta1
+    return [
+        (f"{key.removeprefix(prefix)}#clipped", shard.tensor / share)
+        for key, shard in engine.state(("exp_avg",)).items()
+    ]
 
 
 def masters(state: State) -> dict[str, Tensor]:

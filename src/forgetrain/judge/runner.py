@@ -31,6 +31,7 @@ from forgetrain.judge.clock import Race
 from forgetrain.judge.hidden import draw_seed
 from forgetrain.judge.sandbox import Sandbox, sandbox
 from forgetrain.judge.scratch import Scratch
+from forgetrain.numerics.device import check_device
 from forgetrain.spec.target import Target
 
 #: Numeric gates in the order of their cost, and the gates of an engine that claims the reference's very bits.
@@ -97,8 +98,12 @@ class Judge:
         device: str | None = None,
         effort: Effort | None = None,
     ):
+        if device is None:
+            check_device(target.hardware)
         self.target, self.data, self.effort = target, data, effort or Effort()
-        self.gates_target = target.at_gates_shape()
+        self.gates_target, self.race_target = target.at_gates_shape(), target.at_race_shape()
+        #: The race's batches for engines that keep whole score matrices: in the gates' micro-batches.
+        self.plain_race_target = self.race_target.in_micro_batches_of(target.gates.micro_batch_size)
         self.reference = reference or f"forgetrain.reference.{target.reference.name}"
         self.roofline_seconds, self.device = roofline_seconds, device or target.hardware.device
         self.pool = [draw_seed() for _ in range(target.gates.g5_seeds)]
@@ -181,7 +186,7 @@ class Judge:
         self, module: str | Path, target: Target, *, precision: str | None = None, ranks: int = 1
     ) -> Iterator[EngineProcess]:
         """A process of the reference or of the known-good engine, whose failure is not the candidate's."""
-        key = (str(module), target.recipe.batch_size, target.recipe.sequence_length, precision, ranks)
+        key = (str(module), target.recipe.model_dump_json(), precision, ranks)
         process = self._running.pop(key, None)
         if process is None:
             options: dict[str, Any] = {"precision": precision, "ranks": ranks, "device": self.device}
@@ -199,12 +204,12 @@ class Judge:
     def rival(self, champion: Path | None) -> Iterator[EngineProcess]:
         """Whom the candidate races against. A champion was a candidate once, so it runs in a sandbox as well."""
         if champion is None:
-            with self.trusted(self.known_good, self.target) as process:
+            with self.trusted(self.known_good, self.plain_race_target) as process:
                 yield process
             return
         with self._freeze(champion) as (frozen, digest):
             with _blaming(champion):
-                process = self.process(frozen, self._sandbox(frozen, digest), self.target)
+                process = self.process(frozen, self._sandbox(frozen, digest), self.race_target)
             with process, _blaming(champion, process):
                 yield process
 
@@ -285,7 +290,8 @@ class Trial:
 
     def keep_speed(self, run: Race, first_answers: Mapping[str, float]) -> None:
         champion, candidate = run.times()
-        tokens = self.judge.target.recipe.batch_size * self.judge.target.recipe.sequence_length * run.steps_per_block
+        recipe = self.judge.race_target.recipe
+        tokens = recipe.batch_size * recipe.sequence_length * run.steps_per_block
         self.samples = run.samples("main")
         self.speed = {
             "tokens_per_second": tokens / statistics.median(candidate),

@@ -27,7 +27,7 @@ from forgetrain.gates.replay import replay, replay_distance
 from forgetrain.gates.update import update
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.clock import Replay, race
-from forgetrain.judge.evidence import State, expected_start, masters, one_step, trajectory
+from forgetrain.judge.evidence import State, clipped_gradients, expected_start, masters, trajectory
 from forgetrain.judge.hidden import Stream, derive, hidden_weights
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.init import initial_weights
@@ -42,7 +42,7 @@ _HELD_OUT = 4  # batches
 _FLOOR = {"fp32": 3.5e-4, "bf16": 0.09}
 _DISTANCE_FACTOR = 3.0
 #: Relative errors of a loss and of a gradient norm, by dtype: for what is grossly wrong, the rest is G4's to find.
-_SCALARS = {"fp32": {"loss": 1e-3, "grad_norm": 5e-3}, "bf16": {"loss": 1e-2, "grad_norm": 5e-2}}
+_SCALARS = {"fp32": {"loss": 1e-3, "grad_norm": 5e-3}, "bf16": {"loss": 2e-2, "grad_norm": 5e-2}}
 
 
 def contract(trial: Trial) -> Iterator[Verdict]:
@@ -182,9 +182,9 @@ def errors(trial: Trial) -> Iterator[Verdict]:
         numbers = [0 if i == count // 2 else i for i in range(count)]
         cases = [(two[2 * i // count], stream.at(n), stream.rate(n)) for i, n in enumerate(numbers)]
         with trial.process(target, precision=precision) as engine:
-            mine = [one_step(engine, *case).clipped(target.recipe) for case in cases]
+            mine = [clipped_gradients(engine, *case) for case in cases]
         with trial.judge.trusted(trial.judge.reference, target, precision=precision) as reference:
-            theirs = [one_step(reference, *case).clipped(target.recipe) for case in cases]
+            theirs = [clipped_gradients(reference, *case) for case in cases]
         pools = ErrorPool(), ErrorPool()
         for case, *found in zip(cases, mine, theirs, strict=True):
             exact = oracle_step(target, *case, precision=precision, device=trial.judge.device)
@@ -254,8 +254,8 @@ def hidden_training(trial: Trial) -> Iterator[Verdict]:
 
 
 def speed(trial: Trial) -> Iterator[Verdict]:
-    """The race at the recipe's shape, and then the replay of some of its blocks: what was timed is what is checked."""
-    judge, target = trial.judge, trial.judge.target
+    """The race at the training shape, and then the replay of some of its blocks: what was timed is what is checked."""
+    judge, target = trial.judge, trial.judge.race_target
     stream = _stream(trial, target, "G7")
     weights = initial_weights(target.model, derive(trial.seed, "G7"))
     effort = judge.effort
@@ -285,9 +285,10 @@ def speed(trial: Trial) -> Iterator[Verdict]:
 def memory(trial: Trial) -> Iterator[Verdict]:
     """The peak during the race; against the target's budget, else all that this machine has."""
     if not trial.peak_bytes:
-        with trial.process(trial.judge.target) as engine:
-            stream = _stream(trial, trial.judge.target, "G8")
-            engine.load(initial_weights(trial.judge.target.model, trial.seed))
+        target = trial.judge.race_target
+        with trial.process(target) as engine:
+            stream = _stream(trial, target, "G8")
+            engine.load(initial_weights(target.model, trial.seed))
             for step in range(2):
                 engine.step(stream.at(step), stream.rate(step))
             trial.peak_bytes = engine.peak_memory()
@@ -319,9 +320,9 @@ def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
         return found, engine.state()
 
     judge = trial.judge
-    with judge.trusted(judge.reference, judge.target) as reference:
+    with judge.trusted(judge.reference, judge.plain_race_target) as reference:
         due = again(reference)
-    with judge.trusted(judge.known_good, judge.target) as known_good:
+    with judge.trusted(judge.known_good, judge.plain_race_target) as known_good:
         good = again(known_good)
     recipe, steps = judge.target.recipe, block.last - block.first
     return replay(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 
 import torch
@@ -14,8 +15,12 @@ CUDA_ENVIRONMENT = {
 }
 
 
-def make_deterministic(threads: int) -> None:
-    """Pins the thread count (bits of fp32 products depend on it) and asks torch for deterministic algorithms only."""
+def make_deterministic(threads: int, device: str) -> None:
+    """Pins the thread count (bits of fp32 products depend on it) and asks torch for deterministic algorithms only.
+    For ``cuda`` it has to be called before cuBLAS starts, which reads its workspaces' sizes from the environment."""
+    if device == "cuda":
+        for key, value in CUDA_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     # filling fresh memory costs time and changes no result of an engine that writes what it reads

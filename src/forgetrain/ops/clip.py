@@ -21,8 +21,9 @@ def clip_textbook_forward(grads: list[Tensor], clip: float) -> Tensor:
 
 
 def clip_torch_forward(grads: list[Tensor], clip: float) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_: the norm of the norms, and clip / (norm + 1e-6)."""
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad, 2.0) for grad in grads]), 2.0)
+    """torch.nn.utils.clip_grad_norm_: the norm of the norms, and clip / (norm + 1e-6). On a GPU its foreach kernel adds
+    in another order than that of one tensor."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)), 2.0)
     factor = torch.clamp(clip / (norm + 1e-6), max=1.0)
     for grad in grads:
         grad.mul_(factor)
@@ -30,14 +31,15 @@ def clip_torch_forward(grads: list[Tensor], clip: float) -> Tensor:
 
 
 def clip_megatron_forward(grads: list[Tensor], clip: float) -> Tensor:
-    """Megatron without Apex or Transformer Engine: the norm squared in fp32, its root and the factor in double."""
-    norms = torch.stack([torch.norm(grad) for grad in grads])
+    """Megatron without Apex or Transformer Engine: the norm of the norms on the host, squared in fp32, its root and the
+    factor in double."""
+    norms = torch.stack([torch.norm(grad) for grad in grads]).cpu()
     norm = (torch.norm(norms) ** 2.0).double() ** 0.5
     factor = clip / (norm + 1.0e-6)
     if factor < 1.0:
         for grad in grads:
             grad.copy_(grad * float(factor))
-    return norm.float()
+    return norm.float().to(grads[0].device)
 
 
 VARIANTS = {

@@ -22,9 +22,18 @@ def rope_tables_textbook_forward(positions: Tensor, head_dim: int, theta: float)
 
 
 def rope_tables_fp32_forward(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Angles in fp32 from 1 / theta^(2i/K), as transformers and Megatron form them."""
+    """Angles in fp32 from 1 / theta^(2i/K), formed where the positions are."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[..., None].float() * (1.0 / (theta**exponents))
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rope_tables_host_forward(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """The same, but 1 / theta^(2i/K) is formed on the host, whose powers differ from a GPU's in the last bit:
+    transformers makes a model there and moves it."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    angles = positions[..., None].float() * (1.0 / (theta**exponents)).to(positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -83,7 +92,8 @@ def rope_hf_backward(saved: tuple, d_out: Tensor) -> Tensor:
 
 TABLES = {
     "textbook": Variant(rope_tables_textbook_forward, None, "angles in float64"),
-    "fp32": Variant(rope_tables_fp32_forward, None, "angles in fp32, as transformers and Megatron"),
+    "fp32": Variant(rope_tables_fp32_forward, None, "angles in fp32, as Megatron"),
+    "host": Variant(rope_tables_host_forward, None, "the same from frequencies of the host, as transformers"),
 }
 VARIANTS = {
     "textbook": Variant(rope_textbook_forward, rope_textbook_backward, "rotated in fp32, rounded once"),

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from forgetrain.engine.contract import Batch, Shard, StepResult
 from forgetrain.errors import UserError
 from forgetrain.reference.megatron_layout import from_megatron, to_megatron
-from forgetrain.reference.megatron_shims import apply_shims
+from forgetrain.reference.megatron_shims import apply_shims, share_gpu
 from forgetrain.reference.megatron_taps import Collector
 from forgetrain.spec.taps import forward_taps
 from forgetrain.spec.target import Target, parse_target
@@ -271,6 +271,8 @@ def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any =
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(1, 1)
     if device != "cpu":
+        if dist.get_backend() == "gloo":
+            share_gpu()
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
         model_parallel_cuda_manual_seed(1)

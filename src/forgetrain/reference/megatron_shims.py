@@ -1,13 +1,14 @@
 """What megatron-core needs changed to run on a CPU, applied in the reference's own process and nowhere else.
 
 megatron-core asks for CUDA in four places that no setting reaches. Each shim has a name, which goes into the golden
-record's manifest; none changes any arithmetic. On a GPU none is applied.
+record's manifest; none changes any arithmetic. On a GPU none of them is applied; where two ranks share one, which NCCL
+refuses, they reduce over Gloo, and that needs one of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,26 @@ SHIMS = {
     "cuda_tensors": "tensors that are asked for on 'cuda' are made on the CPU",
     "type_names": "Tensor.type() names CPU tensors as it names CUDA tensors",
 }
+SHARED_GPU = {"coalescing": "collectives of several buckets run one after the other: Gloo has none for CUDA tensors"}
+
+
+def shims_of(device: str) -> dict[str, str]:
+    """The shims that runs on this machine need, at any number of ranks up to two."""
+    if device == "cpu":
+        return SHIMS
+    return SHARED_GPU if torch.cuda.device_count() < 2 else {}
+
+
+def share_gpu() -> None:
+    """Applies ``SHARED_GPU`` to this process."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    param_and_grad_buffer._coalescing_manager = _one_by_one  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _one_by_one(*_: Any, **__: Any) -> Iterator[None]:
+    yield
 
 
 def apply_shims() -> None:

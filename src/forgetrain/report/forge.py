@@ -178,7 +178,8 @@ class _Evidence:
             (self.key, champion),
         )
         last = [row["seconds"] / row["steps"] for row in rows if row["judging"] == rows[-1]["judging"]]
-        tokens = self.target.recipe.batch_size * self.target.recipe.sequence_length
+        recipe = self.target.at_race_shape().recipe
+        tokens = recipe.batch_size * recipe.sequence_length
         return tokens / statistics.median(last) if last else None
 
 

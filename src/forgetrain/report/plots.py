@@ -125,7 +125,7 @@ def time_by_op(profiles: Mapping[str, Profile], target: Target) -> go.Figure:
             marker_color=colour,
             hovertemplate="%{y}: %{x:.2f} ms<extra>" + name + "</extra>",
         )
-    costs = op_costs(target)
+    costs = op_costs(target.at_race_shape())
     known = [op for op in ops if op in costs]
     made.add_scatter(
         y=known,
@@ -142,7 +142,7 @@ def time_by_op(profiles: Mapping[str, Profile], target: Target) -> go.Figure:
 
 def roofline(profile: Profile, target: Target) -> go.Figure:
     """Each op of a profile by its intensity and the rate that it reached, under the machine's roofs."""
-    costs = op_costs(target)
+    costs = op_costs(target.at_race_shape())
     ops = [op for op in costs if profile.ops.get(op)]
     intensities = [costs[op].intensity for op in ops]
     rates = [costs[op].flops / profile.ops[op] / 1e9 for op in ops]

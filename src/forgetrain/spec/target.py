@@ -267,6 +267,7 @@ class Gates(Section):
     micro_batch_size: Positive = 1
     sequence_length: Positive = 128
     steps: Positive = 20
+    race_batch_size: int = Field(default=0, ge=0)  # rows of a step of G7's race; 0 is the recipe's
     g4_fp32_ratio: float = 2.0
     g4_bf16_ratio: float = 1.5
     g5_relative: float = 5e-4
@@ -373,6 +374,13 @@ class Target(Section):
         return self
 
     @model_validator(mode="after")
+    def _race(self) -> Target:
+        rows, micro = self.gates.race_batch_size, self.recipe.micro_batch_size
+        if rows % micro:
+            raise ValueError(f"gates.race_batch_size = {rows} is no multiple of recipe.micro_batch_size = {micro}")
+        return self
+
+    @model_validator(mode="after")
     def _stages(self) -> Target:
         recipe, stages = self.recipe, self.data.stages
         if stages and (total := sum(stage.steps for stage in stages)) != recipe.steps:
@@ -402,6 +410,18 @@ class Target(Section):
         """This target, without stages, at the ``[gates]`` batch, micro-batch and sequence length."""
         shape = {key: getattr(self.gates, key) for key in ("batch_size", "micro_batch_size", "sequence_length")}
         return self.without_stages().model_copy(update={"recipe": self.recipe.model_copy(update=shape)})
+
+    def at_race_shape(self) -> Target:
+        """This target, without stages, with as many rows a step as G7's race has; micro-batches are the recipe's."""
+        rows = self.gates.race_batch_size or self.recipe.batch_size
+        recipe = self.recipe.model_copy(update={"batch_size": rows})
+        return self.without_stages().model_copy(update={"recipe": recipe})
+
+    def in_micro_batches_of(self, rows: int) -> Target:
+        """This target with other micro-batches, where they divide the batch; else this one."""
+        if self.recipe.batch_size % rows:
+            return self
+        return self.model_copy(update={"recipe": self.recipe.model_copy(update={"micro_batch_size": rows})})
 
 
 def load_target(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Target:

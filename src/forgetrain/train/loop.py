@@ -27,6 +27,7 @@ from forgetrain.durable import write_json
 from forgetrain.engine.contract import Batch, Engine, weight_hash
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import fingerprint
+from forgetrain.numerics.device import check_device
 from forgetrain.numerics.init import initial_weights
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.stages import stage_at, stages_of
@@ -92,6 +93,7 @@ def train(
     run = runs / target.name
     console = console or Console(stderr=True)
     threads, device = target.hardware.threads, target.hardware.device
+    check_device(target.hardware)
     with start_world(device=device, threads=threads) as world, ExitStack() as held:
         world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:

@@ -51,7 +51,7 @@ class ChosenEngine:
         module = self.load()
         deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
         if deterministic:
-            make_deterministic(target.hardware.threads)
+            make_deterministic(target.hardware.threads, target.hardware.device)
         try:
             engine = module.build(target.plain(), device=device, precision=target.precision.dtype, mesh=mesh)
         except ValueError as error:
