@@ -55,6 +55,7 @@ def command(
     from forgetrain.forge.proposers.agent import Agent
     from forgetrain.forge.proposers.api import Api
     from forgetrain.pipeline import prepare
+    from forgetrain.report.forge import write_forge_report
 
     target, ray = read_target(target_file, overrides), executor is Executor.RAY
     if ray and importlib.util.find_spec("ray") is None:
@@ -66,10 +67,12 @@ def command(
         raise typer.Exit(1)
     with open_loop(target, runs, proposer, say=_say, allow_unsandboxed=allow_unsandboxed, on_cluster=ray) as loop:
         outcome = loop.run()
+        report = write_forge_report(target, loop.ledger, runs / target.name / "forge.html")
     _say(f"{outcome.ended}. {outcome.attempts} attempts, {outcome.elections} elected")
     if outcome.folder is not None:
         _say(f"champion {outcome.champion[:12]}, {outcome.gain:.3f} times the aligned engine: {outcome.folder}")
-    emit(outcome.as_dict(), as_json)
+    _say(f"report: {report}")
+    emit({**outcome.as_dict(), "report": str(report)}, as_json)
     if outcome.verified is False:
         raise typer.Exit(1)
 
