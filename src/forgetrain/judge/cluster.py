@@ -92,7 +92,7 @@ class Cluster:
         self._ray: Any = importlib.import_module("ray")
         self._started = not self._ray.is_initialized()
         if self._started:
-            self._ray.init(log_to_driver=False, logging_level="warning")
+            self._connect()
         here = None if data is None or not (data / MANIFEST).is_file() else str(data.resolve())
         arguments = (target.plain(), here, roofline_seconds, effort)
         self._places: list[Place] = []
@@ -101,6 +101,14 @@ class Cluster:
         except BaseException:
             self.close()
             raise
+
+    def _connect(self) -> None:
+        """To the cluster that there is; else starts one that is as small as can be: hardly anything travels."""
+        quiet = {"log_to_driver": False, "logging_level": "error"}
+        try:
+            self._ray.init(address="auto", **quiet)
+        except ConnectionError:
+            self._ray.init(include_dashboard=False, object_store_memory=128 << 20, **quiet)
 
     def _open(self, target: Target, arguments: tuple[Any, ...], say: Callable[[str], None]) -> None:
         ray, hardware = self._ray, target.hardware
