@@ -1,4 +1,4 @@
-"""Engines of nano-cpu that ship: each is the file that its provenance is of, for a target that still parses, with passed verdicts."""
+"""Engines of nano-cpu that ship: each is the file that its provenance is of, and its verdicts are passed."""
 
 from __future__ import annotations
 
