@@ -39,12 +39,11 @@ def command(
     target = read_target(target_file, overrides)
     if not prepare(target, runs, Shown(console, stages=3)).passed:
         raise UserError("does not align", file=target_file, remedy="see forgetrain align")
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     # the ledger's connection and the engines' processes belong to the thread that opened them
     with ThreadPoolExecutor(max_workers=1) as worker, ExitStack() as opened:
         room = worker.submit(
-            lambda: Room(
-                opened.enter_context(open_loop(target, runs, say=console.print, allow_unsandboxed=allow_unsandboxed))
-            )
+            lambda: Room(opened.enter_context(open_loop(target, runs, say=say, allow_unsandboxed=allow_unsandboxed)))
         ).result()
         server = MCPServer("forgetrain", instructions=INSTRUCTIONS, log_level="WARNING")
         for tool in (room.brief, room.champion, room.submit, room.verdicts, room.profile, room.leaderboard):
