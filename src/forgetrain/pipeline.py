@@ -25,15 +25,22 @@ from forgetrain.data.folder import open_data
 from forgetrain.data.loader import Loader
 from forgetrain.durable import read_json, sha256_file, write_json
 from forgetrain.engine.contract import weight_hash
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.process import EngineProcess
+from forgetrain.engine.write import write_engine
 from forgetrain.forge.align import align, alignable
+from forgetrain.forge.begin import open_loop
 from forgetrain.forge.collect import ReferenceRejected, open_or_collect, start_reference
+from forgetrain.forge.proposers.base import Proposal
 from forgetrain.golden.record import MANIFEST
+from forgetrain.judge.ledger import target_key
+from forgetrain.judge.runner import Effort
 from forgetrain.numerics.init import initial_weights
 from forgetrain.publish.generate import generate
 from forgetrain.publish.hf import export_hf
 from forgetrain.publish.parity import TOLERANCE, logits_parity
 from forgetrain.spec.schedule import learning_rate
-from forgetrain.spec.target import Target
+from forgetrain.spec.target import Target, parse_target
 from forgetrain.train import checkpoint
 from forgetrain.train.loop import train
 from forgetrain.train.metrics import read_journal
@@ -44,7 +51,8 @@ STAGES = {
     "collect": "run the reference, judge it, keep what it did",
     "align": "build an engine that equals it bit for bit",
     "data": "turn text into tokens",
-    "train": "train the model with that engine",
+    "forge": "judge the engine that was elected before, search on for a while",
+    "train": "train the model with the fastest engine",
     "compare": "let the reference take the same first steps",
     "export": "write the model for Hugging Face, check its logits",
     "generate": "ask the model to go on with a text",
@@ -53,6 +61,17 @@ STAGES = {
 PROMPT = "import os\n\n\ndef "
 #: Steps of training that the reference repeats on the same batches; each takes it seconds on a CPU.
 COMPARED = 5
+
+
+#: Seconds for searching, at most.
+SEARCH = 60.0
+#: Seconds in which the whole run should end, of which searching gets what the other stages leave.
+WHOLE = 300.0
+#: Seconds of exporting, generating and comparing, and of a step of training beside the engine's own time.
+_REST, _BESIDE = 25.0, 0.02
+#: What is judged again here; the long trainings of G5 and G6 are forge's and verify's.
+QUICK_GATES = ("contract", "G4.update", "G4", "G7", "G8")
+QUICK_EFFORT = Effort(pairs=6, steps=2, keep=True)
 
 
 @dataclass(frozen=True)
@@ -112,18 +131,27 @@ class Stopped(Exception):
     """A stage's finding makes the next ones pointless; the proof that failed is already in the outcome."""
 
 
-def run_target(target: Target, runs: Path, watcher: Watcher, *, prompt: str = PROMPT, restart: bool = False) -> Outcome:
+def run_target(
+    target: Target,
+    runs: Path,
+    watcher: Watcher,
+    *,
+    prompt: str = PROMPT,
+    restart: bool = False,
+    search: float = SEARCH,
+) -> Outcome:
     """Runs every stage and returns what was proved; a failed gate ends the run early, with the outcome.
 
-    restart: take nothing from earlier runs.
+    restart: take nothing from earlier runs. search: seconds, at most, in which to look for a faster engine than the one
+    that ships; 0 leaves the stage out, and the aligned engine trains.
 
     Raises:
         UserError: bad input, or a disk that is full.
         EngineFailure: the reference's process broke.
     """
     alignable(target)
-    job = _Job(target, runs / target.name, runs, watcher, restart)
-    outcome = job.run(STAGES, prompt)
+    job = _Job(target, runs / target.name, runs, watcher, restart, search)
+    outcome = job.run([name for name in STAGES if search > 0 or name != "forge"], prompt)
     write_json(job.folder / "run.json", outcome.as_dict())
     return outcome
 
@@ -141,7 +169,12 @@ class _Job:
     runs: Path
     watcher: Watcher
     restart: bool
+    search: float = 0.0
     outcome: Outcome = field(init=False)
+    champion: Path | None = None  # an engine that is faster than the aligned one
+
+    def __post_init__(self) -> None:
+        self.began = time.monotonic()
 
     def run(self, stages: Iterable[str], prompt: str) -> Outcome:
         """The stages in their order; ends after one that makes the next pointless."""
@@ -232,10 +265,45 @@ class _Job:
         self.outcome.places["tokens and tokenizer"] = str(folder)
         self.outcome.findings["data"] = data.manifest
 
+    def forge(self, progress: Progress) -> None:
+        """The elected engine that ships is judged on this machine; what time is left goes into a search from there."""
+        progress.own_display()
+        if shutil.which("c++") is None:
+            self.watcher.say("no C++ compiler, which fast engines need: the aligned engine trains; apt install g++")
+            return
+        aligned, shipped = self.folder / "engine" / "engine.py", _shipped(self.target)
+        options: dict[str, Any] = {"gates": QUICK_GATES, "effort": QUICK_EFFORT}
+        with open_loop(self.target, self.runs, say=self.watcher.say, **options) as loop:
+            replayed = None if shipped is None else loop.replay(shipped)
+            speed = {} if replayed is None else replayed.verification.get("speed", {})
+            loop.until = self._until(speed.get("step_seconds", 0.5))
+            ended = loop.run()
+        verdicts = ended.verification.get("verdicts", [])
+        self.outcome.findings["forge"] = ended.as_dict()
+        if ended.champion == sha256_file(aligned) or ended.folder is None:
+            reason = ended.ended if replayed is None else replayed.ended
+            wrong = reason.startswith("rejected") and not reason.startswith("rejected by G7,")
+            self.prove("a faster engine passes the gates here", not wrong, f"none was elected: {reason}")
+            return
+        self.champion = ended.folder / "engine.py"
+        self.outcome.places["fastest engine, with its provenance"] = str(ended.folder)
+        gates = sorted(
+            {verdict["gate"] for verdict in verdicts or read_json(ended.folder / "provenance.json", "")["verdicts"]}
+        )
+        evidence = f"{ended.gain:.2f} times the aligned engine's speed, raced in one run; passed {', '.join(gates)}"
+        self.prove("a faster engine passes the gates here", ended.gain > 1.0, evidence)
+
+    def _until(self, step_seconds: float) -> float:
+        """When to stop searching: ``search`` seconds from now, or earlier, so that the other stages have their time."""
+        training = self.target.recipe.steps * (step_seconds + _BESIDE)
+        return min(time.monotonic() + self.search, self.began + WHOLE - training - _REST)
+
     def train(self, progress: Progress) -> None:
         progress.own_display()
         restart = self.restart or self._of_another_engine()
-        summary = train(self.target, runs=self.runs, resume=not restart, restart=restart, console=self.watcher.console)
+        engine = None if self.champion is None else str(self.champion)
+        options: dict[str, Any] = {"engine": engine, "resume": not restart, "restart": restart}
+        summary = train(self.target, runs=self.runs, console=self.watcher.console, **options)
         self.summary = summary
         self.outcome.findings["train"] = summary
         self.outcome.places["checkpoint"] = summary["checkpoint"]
@@ -248,37 +316,52 @@ class _Job:
         self.prove("the model learned more than how frequent tokens are", loss < unigram - 0.5, evidence)
 
     def _of_another_engine(self) -> bool:
-        """Whether the run's checkpoints were made with an engine that is not the aligned one."""
+        """Whether the run's checkpoints were made with another engine than the one that trains now."""
         root = self.folder / "checkpoints"
         if not checkpoint.steps_in(root):
             return False
         journal = self.folder / "train" / "run.json"
-        now = sha256_file(self.folder / "engine" / "engine.py")
+        now = sha256_file(self.champion or self.folder / "engine" / "engine.py")
         before = read_json(journal, "train again")["engine"]["sha256"] if journal.is_file() else None
         if before != now:
             self.watcher.say("training anew: the checkpoints are another engine's")
         return before != now
 
     def compare(self, progress: Progress) -> None:
-        """The reference takes the run's first steps, from the same weights, on the same batches of real text."""
+        """The reference and the aligned engine take the run's first steps, from the same weights, on the same batches
+        of real text. Where a faster engine trained, how far its losses are from theirs is told."""
         lines = read_journal(self.folder / "train" / "metrics.jsonl")
-        ours = {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
+        trained = {line["step"]: (line["loss"], line["grad_norm"]) for line in lines if "loss" in line}
         target, steps = self.target, min(COMPARED, self.target.recipe.steps)
         loader = Loader(open_data(self.folder / "data", target, verify=False), target)
-        differ = None
-        progress(f"{target.reference.name}, starting", 0.0)
-        with start_reference(target) as reference:
-            reference.load(initial_weights(target.model, target.recipe.seed))
+        name = target.reference.name
+
+        def first_steps(engine: EngineProcess, who: str) -> tuple[list[tuple[float, float]], str]:
+            engine.load(initial_weights(target.model, target.recipe.seed))
+            found = []
             for step in range(steps):
-                progress(f"{target.reference.name}, step {step + 1}", step / steps)
-                result = reference.step(loader.batch_at(step), learning_rate(target.recipe, step))
-                theirs = (float(result.loss), float(result.grad_norm))
-                if ours.get(step + 1) != theirs and differ is None:
-                    differ = f"step {step + 1}: loss and norm {ours.get(step + 1)}, the reference's {theirs}"
-            digest = weight_hash(reference.state())
-        evidence = differ or f"losses and norms of the first {steps} steps equal, bit for bit"
+                progress(f"{who}, step {step + 1}", step / steps)
+                result = engine.step(loader.batch_at(step), learning_rate(target.recipe, step))
+                found.append((float(result.loss), float(result.grad_norm)))
+            return found, weight_hash(engine.state())
+
+        progress(f"{name}, starting", 0.0)
+        with start_reference(target) as reference:
+            theirs, digest = first_steps(reference, name)
+        ours, beside = [trained.get(step + 1) for step in range(steps)], ""
+        if self.champion is not None:
+            far = max(abs(mine[0] / due[0] - 1) for mine, due in zip(ours, theirs, strict=True) if mine is not None)
+            beside = f"; those of the engine that trained differ by {far:.0e} at most"
+            with EngineProcess(self.folder / "engine" / "engine.py", target) as aligned:
+                ours = first_steps(aligned, "aligned engine")[0]
+        pairs = enumerate(zip(ours, theirs, strict=True), 1)
+        differ = next(
+            (f"step {n}: loss and norm {mine}, the reference's {due}" for n, (mine, due) in pairs if mine != due), None
+        )
+        evidence = differ or f"losses and norms of the first {steps} steps equal, bit for bit{beside}"
         self.outcome.findings["compared"] = {"steps": steps, "weight_sha256": digest, "difference": differ}
-        self.prove(f"training does what {target.reference.name} does on the same text", differ is None, evidence)
+        who = "training" if self.champion is None else "the aligned engine"
+        self.prove(f"{who} does what {name} does on the same text", differ is None, evidence)
 
     def export(self, progress: Progress) -> None:
         progress("writing", 0.0)
@@ -295,6 +378,19 @@ class _Job:
         progress("generating", 0.0)
         reply = generate(self.exported, prompt, max_new_tokens=96, temperature=0.7, seed=0)
         self.outcome.findings["reply"] = {"prompt": reply.prompt, "text": reply.text, "tokens": reply.tokens}
+
+
+def _shipped(target: Target) -> Proposal | None:
+    """What ``engines/<target>`` holds: the engine itself if it was made for this very target, else one of its plan."""
+    folder = Path("engines") / target.name
+    if not (folder / "plan.toml").is_file() or not (folder / "engine.py").is_file():
+        return None
+    plan = Plan.read(folder / "plan.toml")
+    made_for = parse_target(read_json(folder / "provenance.json", "restore it")["target"], file=folder)
+    source = (folder / "engine.py").read_text(encoding="utf-8")
+    if target_key(made_for) != target_key(target):
+        source = write_engine(target, plan)
+    return Proposal(source, f"the elected engine of {folder}", plan)
 
 
 class Quiet:

@@ -7,9 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from forgetrain.cli.main import app
+from forgetrain.errors import UserError
 from forgetrain.judge.ledger import Ledger
 from tests.cli.test_run import write_target
+from tests.judge.test_cluster import ray_needed
 
 
 def forge(folder, *arguments, code=0):
@@ -33,6 +37,7 @@ def test_the_catalogue_forges_a_tiny_target_and_a_second_call_goes_on(tmp_path):
     # right it must be; whether it is faster at this size is the machine's business
     assert {"contract", "G4.update", "G4.fp32"} <= set(gates)
     assert row["reason"].startswith(("elected", "rejected by G7", "not confirmed"))
+    assert "Speed by attempt" in (tmp_path / outcome["report"]).read_text()
     again = forge(tmp_path, target, *quick, "--json")
     assert "1 attempts are made" in again.stderr
 
@@ -52,6 +57,27 @@ def test_bad_options_are_refused_in_one_line(tmp_path):
     alone = forge(tmp_path, target, "--base-url", "http://localhost", code=2)
     assert "is for --api" in alone.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_without_ray_its_executor_is_refused(tmp_path, monkeypatch):
+    target = write_target(tmp_path, "transformers")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--executor: Ray is not installed. Run pip install 'forgetrain\[ray\]'"):
+        CliRunner().invoke(app, ["forge", str(target), "--executor", "ray"], catch_exceptions=False)
+
+
+@ray_needed
+@pytest.mark.slow
+def test_a_cluster_forges_a_tiny_target(tmp_path):
+    target = write_target(tmp_path, "transformers")
+    options = ["--set", "gates.g5_steps=4", "--set", "hardware.threads=1", "--set", "search.attempts=2"]
+    done = forge(tmp_path, target, *options, "--executor", "ray", "--json")
+    assert "candidates at once on one node" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["attempts"] == 2
+    with Ledger(tmp_path / "runs" / "ledger") as ledger:
+        rows = ledger.query("SELECT * FROM attempts WHERE proposer = 'catalogue' ORDER BY number")
+        assert [row["outcome"] in ("accepted", "rejected") for row in rows] == [True, True]
+        assert all("contract" in {v["gate"] for v in ledger.verdicts(row["candidate"])} for row in rows)
 
 
 def test_a_file_that_cannot_be_submitted_is_refused_before_anything_runs(tmp_path):

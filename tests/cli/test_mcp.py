@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 
 import pytest
@@ -28,16 +29,20 @@ async def talk(folder, target):
         broken = champion.replace("EPS, ROPE_THETA = 1e-06", "EPS, ROPE_THETA = 1e-05")
         answer = text_of(await session.call_tool("submit", {"source": broken, "message": "a larger\nepsilon"}))
         board = text_of(await session.call_tool("leaderboard", {}))
-    return tools, brief, champion, answer, board
+        profile = json.loads(text_of(await session.call_tool("profile", {})))
+    return tools, brief, champion, answer, board, profile
 
 
 @pytest.mark.slow
 def test_an_agent_reads_the_brief_and_submits(tmp_path):
     target = write_target(tmp_path, "transformers")
-    tools, brief, champion, answer, board = asyncio.run(talk(tmp_path, target))
-    assert tools == {"brief", "champion", "submit", "verdicts", "leaderboard"}
+    tools, brief, champion, answer, board, profile = asyncio.run(talk(tmp_path, target))
+    assert tools == {"brief", "champion", "submit", "verdicts", "profile", "leaderboard"}
     assert "# Make the engine of tiny faster" in brief
     assert "def build(" in champion
     assert "rejected by G4" in answer
     assert "oracle" not in answer  # a hidden gate says pass or fail alone
     assert "a larger epsilon" in board
+    assert "Where the champion's time goes" in brief
+    assert {"linear", "attention", "rmsnorm"} <= {op["op"] for op in profile["ops"]}
+    assert 0.5 < sum(op["share"] for op in profile["ops"]) <= 1.0

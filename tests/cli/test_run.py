@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,14 +49,15 @@ def run(folder, *arguments, code=0):
     return done
 
 
-def whole_way(folder, reference):
+def whole_way(folder, reference, search=0):
     target = write_target(folder, reference)
-    first = run(folder, target, "--json", "--prompt", "the forge")
+    first = run(folder, target, "--json", "--prompt", "the forge", "--search", search)
     outcome = json.loads(first.stdout.splitlines()[-1])
     assert outcome["passed"], outcome["proofs"]
     gates = [proof["what"].partition(":")[0] for proof in outcome["proofs"]]
     assert gates[:4] == ["G0", "G1", "G2", "G3"]
-    assert list(outcome["stages"]) == ["collect", "align", "data", "train", "compare", "export", "generate"]
+    stages = ["collect", "align", "data", *["forge"][: int(search > 0)], "train", "compare", "export", "generate"]
+    assert list(outcome["stages"]) == stages
     assert outcome["compared"]["difference"] is None
     assert outcome["train"]["held_out_loss"] < outcome["train"]["unigram_loss"] - 0.5
     assert outcome["reply"]["prompt"] == "the forge"
@@ -86,10 +88,25 @@ def test_the_whole_way_with_megatron(tmp_path):
     assert "current_device" in str(outcome["reference"]["shims"])
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the fast engine's regions")
+def test_the_whole_way_with_a_faster_engine(tmp_path):
+    _, outcome = whole_way(tmp_path, "transformers", search=1)
+    claims = {proof["what"]: proof["evidence"] for proof in outcome["proofs"]}
+    assert "a faster engine passes the gates here" in claims
+    if outcome["forge"]["elections"]:
+        assert "G4.fp32" in claims["a faster engine passes the gates here"]
+        assert outcome["train"]["engine"]["sha256"] == outcome["forge"]["champion"]
+        assert (
+            "those of the engine that trained differ"
+            in claims["the aligned engine does what transformers does on the same text"]
+        )
+
+
 def test_run_again_takes_what_fits(done):
     folder, target, before = done
     began = time.monotonic()
-    after = json.loads(run(folder, target, "--json").stdout.splitlines()[-1])
+    after = json.loads(run(folder, target, "--json", "--search", 0).stdout.splitlines()[-1])
     assert after["passed"]
     assert after["train"]["weight_sha256"] == before["train"]["weight_sha256"]
     assert after["stages"]["collect"] + after["stages"]["align"] < 5

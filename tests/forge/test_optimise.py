@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.forge.optimise import Loop
+from forgetrain.forge.profile import Profile
 from forgetrain.forge.proposers.base import NoProposal, Proposal
 from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.gates.verdict import Verdict
@@ -37,7 +40,7 @@ class Verdicts:
         ratio = speed(source) / (speed(Path(champion).read_text()) if champion else 1.0)
         detail = {"ratio": ratio, "low": ratio, "high": ratio}
         verdicts = [Verdict("G7", ratio > 1.01, ratio, 1.01, ratio - 1.01, detail=detail, sandboxed=self.sandboxed)]
-        if gates is None:
+        if gates is None or "G4" in gates:
             verdicts.insert(0, Verdict("G4", "bad" not in source, explanation="secret", sandboxed=self.sandboxed))
         done = []
         for verdict in verdicts:
@@ -114,6 +117,102 @@ def test_of_a_hidden_gate_a_brief_tells_pass_or_fail_alone(tmp_path):
     assert "secret" not in script.briefs[1].markdown()
     assert script.briefs[1].first_failure == "G4 failed"
     assert "G7" in script.briefs[2].first_failure
+
+
+def test_a_brief_tells_where_the_champions_time_goes(tmp_path):
+    target, profiled = prepared(tmp_path), []
+
+    def profiler(file):
+        profiled.append(file.read_text()[:12])
+        return Profile(0.1, {"linear": 0.07, "attention": 0.03}, 1e12, 1e12, [])
+
+    script = Script(["speed = 1.2\n", "bad\n"])
+    loop(target, tmp_path, script, profiler=profiler).run()
+    assert script.briefs[0].profile == (("linear", pytest.approx(0.7)), ("attention", pytest.approx(0.3)))
+    assert "- linear: 70%" in script.briefs[0].markdown()
+    assert script.briefs[0].gaps == ("linear", "attention")
+    again = loop(target, tmp_path, Script([]), profiler=profiler)
+    assert again.profile(again.ledger.champion(again.key)["candidate"]) is not None
+    assert len(profiled) == 2  # the aligned engine and the champion, each once
+    assert loop(target, tmp_path, Script([])).profile("0" * 64) is None
+
+
+def test_who_was_elected_by_a_part_of_the_gates_meets_them_all_before_the_next_attempt(tmp_path):
+    target, judge = prepared(tmp_path), Verdicts()
+    quick = loop(target, tmp_path, Script([]), judge, gates=["G4", "G7"])
+    outcome = quick.replay(Proposal("speed = 1.2\n", "ships"))
+    assert outcome is not None
+    assert (outcome.elections, outcome.verified, outcome.gain) == (1, None, pytest.approx(1.2))
+    assert len(judge.seen) == 2  # judged and confirmed; nobody verified it
+    provenance = read_json(outcome.folder / "provenance.json", "")
+    assert {verdict["gate"]: verdict["pass"] for verdict in provenance["verdicts"]} == {"G4": True, "G7": True}
+    assert quick.replay(Proposal("speed = 1.2\n", "ships")) is None
+    lines = []
+    loop(target, tmp_path, Script([]), judge, say=lines.append).run()
+    assert lines[0].startswith("the champion was elected by a part of the gates: it is judged again")
+
+
+@dataclass
+class Together:
+    """A cluster: judges as ``Verdicts`` does."""
+
+    slots: int = 3
+    rounds: list[int] = field(default_factory=list)
+
+    def judge_all(self, candidates, champion):
+        self.rounds.append(len(candidates))
+        folder = Path(tempfile.mkdtemp())
+        (folder / "champion.py").write_bytes(champion)
+        judgements = []
+        for candidate in candidates:
+            (folder / "candidate.py").write_bytes(candidate)
+            files = folder / "candidate.py", folder / "champion.py"
+            judgements.append(Verdicts().judge(files[0], champion=files[1], on_verdict=lambda verdict: None))
+        shutil.rmtree(folder)
+        return judgements
+
+
+def test_attempts_of_a_round_are_judged_at_once_and_must_beat_who_was_elected_meanwhile(tmp_path):
+    target, cluster, lines = prepared(tmp_path), Together(), []
+    script = Script(["speed = 1.5\n", "speed = 1.2\n", "bad\n", "speed = 1.5\n", "speed = 2\n"])
+    outcome = loop(target, tmp_path, script, say=lines.append, cluster=cluster).run()
+    assert cluster.rounds == [3, 1]  # one of the second round was judged before
+    assert (outcome.attempts, outcome.elections, outcome.gain) == (6, 2, pytest.approx(2.0))
+    reasons = [line.split(": ")[2].partition(" (")[0] for line in lines[:5]]
+    assert reasons == [
+        "elected, 1.500 times the champion",
+        "not confirmed",
+        "rejected by G4",
+        "nothing more",  # of the second round, before its candidates are judged
+        "was judged before",
+    ]
+    assert lines[5].startswith("attempt 5, script: tries speed = 2: elected, 1.333 times the champion")
+
+
+def test_what_a_round_had_cost_counts_once(tmp_path):
+    target = prepared(tmp_path)
+    cluster = Together()
+    judge_all = cluster.judge_all
+    cluster.judge_all = lambda *given: (time.sleep(0.6), judge_all(*given))[1]
+    made = loop(target, tmp_path, Script(["speed = 0.5\n", "speed = 0.6\n", "speed = 0.7\n"]), cluster=cluster)
+    began = time.monotonic()
+    made.run()
+    assert 0.6 < made.ledger.spent(made.key).seconds < time.monotonic() - began + 0.1
+
+
+def test_no_attempt_begins_that_would_not_end_in_time(tmp_path):
+    target = prepared(tmp_path)
+    script = Script(["speed = 0.5\n", "speed = 0.6\n"])
+    made = loop(target, tmp_path, script, Verdicts(seconds=0.5))
+    answer = script.propose
+
+    def propose(brief):
+        made.until = time.monotonic() + 0.4  # as long as the first attempt takes, there is not
+        return answer(brief)
+
+    script.propose = propose
+    outcome = made.run()
+    assert (outcome.attempts, outcome.ended) == (1, "the time for searching is over")
 
 
 def test_a_strangers_engine_that_no_sandbox_held_is_not_elected(tmp_path):

@@ -108,6 +108,7 @@ def test_a_ledger_of_the_first_version_goes_on(tmp_path):
     with Ledger(tmp_path) as ledger:
         target = ledger.add_target(tiny_target())
         ledger._connection.execute("DROP TABLE depositions")
+        ledger._connection.execute("DROP TABLE profiles")
         ledger._connection.execute("PRAGMA user_version = 1")
     with Ledger(tmp_path) as ledger:
         assert ledger.champion(target) is None

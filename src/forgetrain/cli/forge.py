@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib.util
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
-from forgetrain.cli.judge import roofline_seconds
 from forgetrain.cli.run import Shown
 from forgetrain.errors import UserError
 
 if TYPE_CHECKING:
-    from forgetrain.forge.optimise import Loop
     from forgetrain.forge.proposers.base import Proposer
-    from forgetrain.spec.target import Target
+
+
+class Executor(StrEnum):
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def command(
@@ -36,6 +38,9 @@ def command(
     allow_unsandboxed: Annotated[
         bool, typer.Option("--allow-unsandboxed", help="Elect a stranger's candidate that no sandbox held.")
     ] = False,
+    executor: Annotated[
+        Executor, typer.Option(help="Where candidates are judged: this machine, or the nodes of a Ray cluster.")
+    ] = Executor.LOCAL,
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     as_json: Json = False,
@@ -46,22 +51,28 @@ def command(
     if api is None and (base_url is not None or prices != (0.0, 0.0)):
         raise UserError("is for --api", key="--base-url, --prices", remedy="add --api MODEL")
     # these load torch, the references' adapters and the judge, which other commands do without
+    from forgetrain.forge.begin import open_loop
     from forgetrain.forge.proposers.agent import Agent
     from forgetrain.forge.proposers.api import Api
     from forgetrain.pipeline import prepare
+    from forgetrain.report.forge import write_forge_report
 
-    target = read_target(target_file, overrides)
+    target, ray = read_target(target_file, overrides), executor is Executor.RAY
+    if ray and importlib.util.find_spec("ray") is None:
+        raise UserError("Ray is not installed", key="--executor", remedy="run pip install 'forgetrain[ray]'")
     proposer: Proposer | None = Agent(agent) if agent else Api(api, base_url=base_url, prices=prices) if api else None
     prepared = prepare(target, runs, Shown(console, stages=3))
     if not prepared.passed:
         emit(prepared.as_dict(), as_json)
         raise typer.Exit(1)
-    with open_loop(target, runs, proposer, allow_unsandboxed) as loop:
+    with open_loop(target, runs, proposer, say=_say, allow_unsandboxed=allow_unsandboxed, on_cluster=ray) as loop:
         outcome = loop.run()
+        report = write_forge_report(target, loop.ledger, runs / target.name / "forge.html")
     _say(f"{outcome.ended}. {outcome.attempts} attempts, {outcome.elections} elected")
     if outcome.folder is not None:
         _say(f"champion {outcome.champion[:12]}, {outcome.gain:.3f} times the aligned engine: {outcome.folder}")
-    emit(outcome.as_dict(), as_json)
+    _say(f"report: {report}")
+    emit({**outcome.as_dict(), "report": str(report)}, as_json)
     if outcome.verified is False:
         raise typer.Exit(1)
 
@@ -78,6 +89,7 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Bring an engine of your own: judged as any candidate, and elected if it is right and faster."""
+    from forgetrain.forge.begin import open_loop
     from forgetrain.forge.proposers.base import Proposal
     from forgetrain.pipeline import prepare
 
@@ -90,30 +102,11 @@ def submit(
     if not prepared.passed:
         emit(prepared.as_dict(), as_json)
         raise typer.Exit(1)
-    with open_loop(target, runs, None, allow_unsandboxed) as loop:
+    with open_loop(target, runs, say=_say, allow_unsandboxed=allow_unsandboxed) as loop:
         outcome = loop.submit(Proposal(source, message))
     emit(outcome.as_dict(), as_json)
     if not outcome.ended.startswith("elected"):
         raise typer.Exit(1)
-
-
-@contextmanager
-def open_loop(target: Target, runs: Path, proposer: Proposer | None, allow_unsandboxed: bool) -> Iterator[Loop]:
-    """The loop on a prepared run; without a proposer the catalogue writes."""
-    from forgetrain.forge.optimise import Loop, plan_of
-    from forgetrain.forge.proposers.catalogue import Catalogue
-    from forgetrain.judge.ledger import Ledger
-    from forgetrain.judge.runner import Effort, Judge
-
-    run = runs / target.name
-    catalogue = Catalogue(target, plan_of(run), seed=target.recipe.seed)
-    floor = roofline_seconds(target)
-    with (
-        Ledger(runs / "ledger") as ledger,
-        Judge(target, data=run / "data", roofline_seconds=floor, effort=Effort(keep=True)) as judge,
-    ):
-        writer = proposer or catalogue
-        yield Loop(target, runs, ledger, judge, writer, catalogue, say=_say, allow_unsandboxed=allow_unsandboxed)
 
 
 def _say(line: str) -> None:

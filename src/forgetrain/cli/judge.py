@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,11 +139,6 @@ def keep(runs: Path, target: Target, file: Path, judgement: Judgement) -> None:
 
 
 def roofline_seconds(target: Target) -> float:
-    """Seconds that no step can be faster than; 0, and a line that says so, on hardware that the table lacks."""
-    from forgetrain.spec.estimate import roofline
+    from forgetrain.forge.begin import least_step_seconds
 
-    try:
-        return roofline(target.at_race_shape()).bound
-    except UserError as error:
-        console.print(f"no roofline: {error}", markup=False, highlight=False, soft_wrap=True)
-        return 0.0
+    return least_step_seconds(target, partial(console.print, markup=False, highlight=False, soft_wrap=True))

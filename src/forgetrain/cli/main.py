@@ -22,6 +22,7 @@ from forgetrain.cli import (
     ledger,
     mcp,
     redteam,
+    report,
     run,
     target,
     train,
@@ -50,6 +51,7 @@ app.command("judge")(judge.command)
 app.command("verify")(verify.command)
 app.command("redteam")(redteam.command)
 app.add_typer(ledger.app, name="ledger")
+app.command("report")(report.command)
 app.command("train")(train.command)
 app.command("export")(export.command)
 app.command("generate")(generate.command)

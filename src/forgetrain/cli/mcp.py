@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Overrides, RunsFolder, TargetFile, console, read_target
-from forgetrain.cli.forge import open_loop
 from forgetrain.cli.run import Shown
 from forgetrain.errors import UserError
 
@@ -28,24 +27,26 @@ def command(
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
 ) -> None:
-    """Serve the room's tools over stdio: brief, champion, submit, verdicts, leaderboard."""
+    """Serve the room's tools over stdio: brief, champion, submit, verdicts, profile, leaderboard."""
     try:
         from mcp.server.mcpserver import MCPServer
     except ImportError:
         raise UserError("the mcp SDK is not installed", remedy="run pip install 'forgetrain[agents]'") from None
+    from forgetrain.forge.begin import open_loop
     from forgetrain.forge.room import Room
     from forgetrain.pipeline import prepare
 
     target = read_target(target_file, overrides)
     if not prepare(target, runs, Shown(console, stages=3)).passed:
         raise UserError("does not align", file=target_file, remedy="see forgetrain align")
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     # the ledger's connection and the engines' processes belong to the thread that opened them
     with ThreadPoolExecutor(max_workers=1) as worker, ExitStack() as opened:
         room = worker.submit(
-            lambda: Room(opened.enter_context(open_loop(target, runs, None, allow_unsandboxed)))
+            lambda: Room(opened.enter_context(open_loop(target, runs, say=say, allow_unsandboxed=allow_unsandboxed)))
         ).result()
         server = MCPServer("forgetrain", instructions=INSTRUCTIONS, log_level="WARNING")
-        for tool in (room.brief, room.champion, room.submit, room.verdicts, room.leaderboard):
+        for tool in (room.brief, room.champion, room.submit, room.verdicts, room.profile, room.leaderboard):
             server.tool()(_on(worker, tool))
         try:
             server.run("stdio")

@@ -20,11 +20,15 @@ def command(
     target_file: TargetFile,
     prompt: Annotated[str | None, typer.Option(help="What the trained model goes on with.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Take nothing from earlier runs of this target.")] = False,
+    search: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", min=0, help="How long to look for a faster engine, at most; 0: not at all."),
+    ] = 60.0,
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
-    """Collect, align, train, export, and a reply: the whole way, with a table of what was proved."""
+    """Collect, align, forge, train, export, and a reply: the whole way, with a table of what was proved."""
     # these load torch and the references' adapters, which other commands do without
     from forgetrain.engine.process import EngineFailure
     from forgetrain.errors import UserError
@@ -33,9 +37,11 @@ def command(
     from forgetrain.report.run import write_report
 
     target = read_target(target_file, overrides)
-    shown = Shown(console, stages=len(STAGES))
+    shown = Shown(console, stages=len(STAGES) - (search == 0))
     try:
-        outcome = run_target(target, runs, shown, prompt=PROMPT if prompt is None else prompt, restart=restart)
+        outcome = run_target(
+            target, runs, shown, prompt=PROMPT if prompt is None else prompt, restart=restart, search=search
+        )
     except (ReferenceFailure, EngineFailure) as failure:
         raise UserError(str(failure), remedy="see whether forgetrain collect runs") from None
     outcome.places["report"] = str(write_report(outcome.as_dict(), outcome.folder))

@@ -32,6 +32,17 @@ def memory(kind: str, fields: dict[str, Any], specs: list[Spec]) -> None:
         raise ProtocolError("expected a number of bytes")
 
 
+def profile(kind: str, fields: dict[str, Any], specs: list[Spec]) -> None:
+    rows = fields.get("rows")
+    if kind != "profile" or specs or not isinstance(rows, list) or len(rows) > 10_000:
+        raise ProtocolError("expected a profile of at most 10,000 rows")
+    for row in rows:
+        if not (isinstance(row, list) and [type(value) for value in row] == [str, str, float, int]):
+            raise ProtocolError("a profile's row is [functions, operator, seconds, calls]")
+        if len(row[0]) + len(row[1]) > 5000 or not 0 <= row[2] < 1e6 or not 0 <= row[3] < 2**40:
+            raise ProtocolError("a profile's row is out of bounds")
+
+
 def items(*names: str) -> Callable[[str, dict[str, Any], list[Spec]], None]:
     expected = [Spec(name, ITEMS[name], ()) for name in names]
 

@@ -56,6 +56,8 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "attention_block": (("32", "16", "64", "128"), "query positions whose scores exist at a time; for blocked"),
     "head_rows": (("512", "256", "1024", "2048"), "tokens whose logits exist at a time"),
 }
+#: The op whose time each of those sizes decides.
+SIZED = {"attention_block": "attention", "head_rows": "cross_entropy"}
 
 #: What only the hopper schedule decides. A rank names an algorithm of cuBLASLt, counted from its own best guess.
 PRODUCTS = tuple(

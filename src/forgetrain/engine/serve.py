@@ -1,4 +1,5 @@
-"""The process of an engine: loads one module, and answers build, load, step, loss, state, restore and probe.
+"""The process of an engine: loads one module, and answers build, load, step, loss, state, restore, probe
+and profile.
 
 Run by ``forgetrain.engine.process``, with ``protocol.py`` beside this file and nothing else of this project, so that
 it also runs in a sandbox. The protocol has a socket of its own: what an engine prints cannot end up in a message.
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -176,6 +178,19 @@ class Server:
         peak = torch.cuda.max_memory_allocated() if self.device.startswith("cuda") else 0
         return "memory", {"device_peak_bytes": peak}
 
+    def on_profile(self, fields: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
+        """A step under torch's profiler."""
+        batch = self._batch(tensors)
+        with torch.profiler.profile(with_stack=True) as profiler:
+            self.engine.step(batch, fields["lr"])
+            self._synchronize()
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+        rows = kernel_times(events) if self.device != "cpu" else host_times(events, Path(self.module).name)
+        return "profile", {"rows": rows}
+
     def _lend(self, tensors: Mapping[str, Tensor]) -> None:
         """Remembers what the engine is about to be given, when it is being watched. Weights and states stay lent: an
         engine that keeps a caller's tensor as its own changes it later."""
@@ -193,6 +208,56 @@ class Server:
     def _synchronize(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize()
+
+
+def host_times(events: list[dict[str, Any]], file: str) -> list[list[Any]]:
+    """[functions, operator, seconds, calls] of a trace of the host, where ops run in turn: time that nothing nested
+    took, by the engine file's own functions around it, the outermost first and joined by "/", and by the operator that
+    the innermost of them called, empty for what no operator was told of, as code that torch.compile made."""
+    spans = [
+        e for e in events if e.get("ph") == "X" and e.get("cat") in ("python_function", "cpu_op", "user_annotation")
+    ]
+    frames = Counter(e["tid"] for e in spans if _function(e, file))
+    if not frames:
+        return []
+    main = frames.most_common(1)[0][0]
+    spans = sorted((e for e in spans if e["tid"] == main), key=lambda e: (e["ts"], -e["dur"]))
+    times: dict[tuple[str, str], list[float]] = {}
+    open_spans: list[tuple[float, tuple[str, str]]] = []  # of those around: end, and what its own time counts for
+    for span in spans:
+        while open_spans and open_spans[-1][0] <= span["ts"]:
+            open_spans.pop()
+        functions, operator = open_spans[-1][1] if open_spans else ("", "")
+        if open_spans:
+            times[functions, operator][0] -= span["dur"]
+        name = _function(span, file)
+        if name:
+            functions, operator = f"{functions}/{name}".strip("/"), ""
+        elif span["cat"] == "cpu_op" and functions and not operator:
+            operator = span["name"]
+        entry = times.setdefault((functions, operator), [0.0, 0])
+        entry[0] += span["dur"]
+        entry[1] += 1 if name or operator == span["name"] else 0
+        open_spans.append((span["ts"] + span["dur"], (functions, operator)))
+    return [[*key, max(micros, 0.0) / 1e6, calls] for key, (micros, calls) in times.items() if key[0]]
+
+
+def _function(span: dict[str, Any], file: str) -> str | None:
+    """The function of a span in the engine's file, whose name is "path/engine.py(12): function"."""
+    place, _, name = span["name"].partition("): ")
+    path = place.rpartition("(")[0]
+    return name if span["cat"] == "python_function" and path.rpartition("/")[2] == file else None
+
+
+def kernel_times(events: list[dict[str, Any]]) -> list[list[Any]]:
+    """The same of a trace with a GPU: its kernels and copies by their names."""
+    times: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("ph") == "X" and event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            entry = times.setdefault(event["name"], [0.0, 0])
+            entry[0] += event["dur"]
+            entry[1] += 1
+    return [["", name, micros / 1e6, calls] for name, (micros, calls) in times.items()]
 
 
 def set_limits(limits: Mapping[str, int]) -> None:

@@ -12,60 +12,37 @@ off counts with what it had cost, and no candidate is judged twice. One loop wor
 from __future__ import annotations
 
 import difflib
+import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forgetrain.durable import new_folder, read_json, sha256_file, write_json
+from forgetrain.durable import sha256_file
 from forgetrain.engine.plan import Plan
+from forgetrain.forge.outcome import Champion, Judged, LoopOutcome
+from forgetrain.forge.profile import Profile, read_profile
 from forgetrain.forge.proposers.base import Attempt, Brief, Budget, NoProposal, Proposal, Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
+from forgetrain.forge.provenance import write_champion
 from forgetrain.forge.refs import keep_commit
-from forgetrain.forge.standing import attempts_since_verification, moved, standing
-from forgetrain.forge.stuck import ELECTED, rung
+from forgetrain.forge.standing import attempts_since_verification, moved, passed_all_gates, standing
+from forgetrain.forge.stuck import ELECTED, Rung, rung
 from forgetrain.gates.verdict import Verdict
+from forgetrain.judge.cluster import Cluster
 from forgetrain.judge.ledger import Ledger
 from forgetrain.judge.runner import Judge, Judgement
 from forgetrain.numerics.determinism import fingerprint
 from forgetrain.spec.target import Target
 from forgetrain.train.verified import find_verdicts
 
-#: Attempts that a brief tells of.
-TOLD = 8
+#: Attempts that a brief tells of, and ops.
+TOLD, PROFILED = 8, 5
 #: Of hidden gates a proposer sees pass or fail alone.
 OPEN_GATES = ("contract", "G1", "G7", "G8")
-
-
-@dataclass(frozen=True)
-class Champion:
-    """gain: speed against the aligned engine, the product of the confirmed ratios."""
-
-    digest: str
-    source: str
-    gain: float
-
-
-@dataclass
-class LoopOutcome:
-    """ended: why, in words. verified: whether a champion passed when it was judged again at the end; None when the
-    aligned engine was champion."""
-
-    champion: str
-    gain: float
-    attempts: int
-    elections: int
-    ended: str
-    folder: Path | None = None
-    verified: bool | None = None
-    verification: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "folder": None if self.folder is None else str(self.folder)}
 
 
 class Loop:
@@ -75,6 +52,13 @@ class Loop:
     Args:
         say: gets one line for each attempt.
         allow_unsandboxed: elect candidates of strangers where there is no sandbox.
+        profiler: profiles a champion's file, once in each environment; without one no brief tells where time goes.
+        cluster: judges several candidates at once, by every gate; confirmations and verifications stay with ``judge``.
+        gates: instead of all of them. Who is elected by a part of the gates goes through all before the next loop
+            without this argument begins an attempt.
+
+    ``until`` may be set to a ``time.monotonic()``: no attempt begins that would not have ended by then, if it took as
+    long as the longest before it.
     """
 
     def __init__(
@@ -88,10 +72,15 @@ class Loop:
         *,
         say: Callable[[str], None] = lambda line: None,
         allow_unsandboxed: bool = False,
+        profiler: Callable[[Path], Profile] | None = None,
+        gates: Sequence[str] | None = None,
+        cluster: Cluster | None = None,
     ):
         self.target, self.runs, self.ledger, self.judge = target, runs, ledger, judge
         self.proposer, self.catalogue, self.say = proposer, catalogue, say
-        self.allow_unsandboxed = allow_unsandboxed
+        self.allow_unsandboxed, self.profiler = allow_unsandboxed, profiler
+        self.gates, self.cluster = gates, cluster
+        self.until: float | None = None
         self.key = ledger.add_target(target)
         # speed, unlike bits, depends on the cores beside those that the threads use
         self.environment = {
@@ -100,6 +89,8 @@ class Loop:
         }
         self.first_failure: str | None = None
         self._attempt_began: tuple[str, float] | None = None
+        self._longest = 0.0  # seconds of an attempt
+        self._speed: dict[str, Any] = {}  # of the last race
 
     def run(self) -> LoopOutcome:
         """Until the budget is spent, the proposer has nothing more, or the ladder says stop.
@@ -126,6 +117,12 @@ class Loop:
             id, began = self._begin(name)
             elected, reason = self._conclude(id, began, proposal, self.champion(), name)
             return self._verified(reason) if elected == "accepted" else self._outcome(reason)
+
+    def replay(self, proposal: Proposal) -> LoopOutcome | None:
+        """A candidate of the catalogue's kind, as ``submit``; None when it was judged before."""
+        with self._claimed():
+            known = hashlib.sha256(proposal.source.encode()).hexdigest() in self._judged()
+        return None if known else self.submit(proposal, self.catalogue.name)
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -207,23 +204,66 @@ class Loop:
             return f"{self.target.search.attempts} attempts are made"
         if self.target.search.dollars > 0 and budget.dollars <= 0:
             return f"{self.target.search.dollars:g} dollars are spent"
+        if self.until is not None and time.monotonic() + self._longest > self.until:
+            return "the time for searching is over"
         history = self._outcomes()
         step = rung([_how(row) for row in history])
         if step.stop:
             return f"stuck: {len(history)} attempts, none elected since long; last: {history[-1]['reason']}"
         proposer = self.catalogue if step.catalogue else self.proposer
+        if self.cluster is not None:
+            return self._round(self.cluster, proposer, budget, step)
+        asked = self._ask(proposer, budget, step)
+        if isinstance(asked, NoProposal):
+            return asked.reason if asked.exhausted else None
+        self._conclude(*asked, proposer.name)
+        return None
+
+    def _ask(
+        self, proposer: Proposer, budget: Budget, step: Rung
+    ) -> tuple[str, float, Proposal, Champion] | NoProposal:
+        """Begins an attempt: its id, when it began, what was proposed and from which parent; or an attempt that has
+        ended with nothing."""
         id, began = self._begin(proposer.name)
-        champion = self.champion()
+        history, champion = self._outcomes(), self.champion()
         parent = self._other_parent(champion) if step.other_parent else champion
-        brief = self._brief(parent, budget, history, step.notes)
+        brief = self._brief(parent, budget, [row for row in history if row["id"] != id], step.notes)
         answer = proposer.propose(brief)
         self.ledger.spend(id, seconds=time.monotonic() - began, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
         if isinstance(answer, NoProposal):
             self.ledger.end_attempt(id, "failed", reason=answer.reason, seconds=time.monotonic() - began)
-            self.say(f"attempt {len(history) + 1}, {proposer.name}: nothing: {answer.reason}")
-            return answer.reason if answer.exhausted else None
-        self._conclude(id, began, answer, parent, proposer.name)
-        return None
+            self.say(f"attempt {len(history)}, {proposer.name}: nothing: {answer.reason}")
+            return answer
+        return id, began, answer, parent
+
+    def _round(self, cluster: Cluster, proposer: Proposer, budget: Budget, step: Rung) -> str | None:
+        """Several attempts whose candidates are judged at once, against the champion of now. They end in the order in
+        which they were proposed; one that is elected is whom the next ones must beat when they are confirmed."""
+        asked: list[tuple[str, float, Proposal, Champion]] = []
+        ended = None
+        for _ in range(min(cluster.slots, budget.attempts)):
+            answer = self._ask(proposer, budget, step)
+            if isinstance(answer, NoProposal):
+                ended = answer.reason if answer.exhausted else None
+                break
+            asked.append(answer)
+        champion = self.champion()
+        fresh: dict[str, str] = {}  # source → judging
+        for id, _, proposal, parent in asked:
+            digest = self._enter(id, proposal, parent, proposer.name)
+            if proposal.source not in fresh and digest not in self._judged():
+                fresh[proposal.source] = self._begin_judging(digest, "gates")
+        judgements = cluster.judge_all([source.encode() for source in fresh], champion.source.encode())
+        found = dict(zip(fresh, judgements, strict=True))
+        for source, judgement in found.items():
+            for verdict in judgement.verdicts:
+                self.ledger.add_verdict(fresh[source], verdict)
+            self._end_judging(fresh[source], judgement)
+        for id, began, proposal, parent in asked:
+            judgement = found.pop(proposal.source, None)
+            judged = None if judgement is None else Judged(judgement, champion.gain, len(asked))
+            self._conclude(id, began, proposal, parent, proposer.name, judged)
+        return ended
 
     def _begin(self, name: str) -> tuple[str, float]:
         """Counts an attempt; returns its id and when it began. A champion whose turn it is is judged again first, at
@@ -241,20 +281,32 @@ class Loop:
         row = self.ledger.champion(self.key)
         if row is None or row["candidate"] == self.baseline:
             return None
+        if self.gates is None and not passed_all_gates(self.ledger, self.key, row["candidate"]):
+            return "the champion was elected by a part of the gates"
         change = moved(self.ledger, self.key, row["candidate"], self.environment)
         if change is not None:
             return f"the champion's times are from elsewhere ({change}) and count no more"
         count = attempts_since_verification(self.ledger, self.key)
         return f"{count} attempts since the champion was verified" if count >= self.target.search.verify_every else None
 
-    def _conclude(self, id: str, began: float, proposal: Proposal, parent: Champion, name: str) -> tuple[str, str]:
-        """Judges what was proposed and ends the attempt; returns its outcome and why."""
+    def _conclude(
+        self,
+        id: str,
+        began: float,
+        proposal: Proposal,
+        parent: Champion,
+        name: str,
+        judged: Judged | None = None,
+    ) -> tuple[str, str]:
+        """Judges what was proposed, unless it was, and ends the attempt; returns its outcome and why."""
         champion = self.champion()
-        outcome, reason, ratio = self._judge(id, proposal, parent, champion, name)
-        seconds = time.monotonic() - began
+        outcome, reason, ratio = self._judge(id, proposal, parent, champion, name, judged)
+        against = champion.gain if judged is None or outcome == "accepted" else judged.gain
+        seconds = (time.monotonic() - began) / (1 if judged is None else judged.together)
+        self._longest = max(self._longest, seconds)
         self.ledger.end_attempt(id, outcome, reason=reason, seconds=seconds)
-        self.catalogue.tell(proposal.source, None if ratio is None else ratio * champion.gain)
-        number = len(self._outcomes())
+        self.catalogue.tell(proposal.source, None if ratio is None else ratio * against)
+        number = [row["id"] for row in self._outcomes()].index(id) + 1
         self.say(f"attempt {number}, {name}: {proposal.message}: {reason} ({seconds:.0f} s)")
         return outcome, reason
 
@@ -279,20 +331,37 @@ class Loop:
             Attempt(row["number"], row["proposer"], row["message"] or "no candidate", row["reason"] or row["outcome"])
             for row in history[-TOLD:]
         ]
+        profile = self.profile(parent.digest)
         return Brief(
             self.target,
             parent.source,
-            None,
+            self._plan(parent.digest),
             budget,
+            profile=() if profile is None else profile.top(PROFILED),
+            gaps=() if profile is None else tuple(gap.op for gap in profile.gaps(self.target)),
             first_failure=self.first_failure,
             attempts=tuple(told),
             notes=notes,
         )
 
-    def _judge(
-        self, id: str, proposal: Proposal, parent: Champion, champion: Champion, name: str
-    ) -> tuple[str, str, float | None]:
-        """(outcome, reason, ratio): through the gates, then a fresh confirmation that decides the election."""
+    def profile(self, digest: str) -> Profile | None:
+        """Where a candidate's time goes in this environment, measured once; None without a profiler."""
+        kept = self.ledger.profile(self.key, digest, self.environment)
+        if kept is not None:
+            return read_profile(kept)
+        if self.profiler is None:
+            return None
+        profile = self.profiler(self.ledger.files.path(digest))
+        self.ledger.add_profile(self.key, digest, environment=self.environment, profile=profile.as_dict())
+        return profile
+
+    def _plan(self, digest: str) -> Plan | None:
+        """The plan that a candidate was written from, where it was."""
+        files = self.ledger.candidate(digest, self.key)["files"]
+        return Plan.read(self.ledger.files.path(files["plan.toml"])) if "plan.toml" in files else None
+
+    def _enter(self, id: str, proposal: Proposal, parent: Champion, name: str) -> str:
+        """Keeps what was proposed; returns its digest."""
         lines = difflib.unified_diff(parent.source.splitlines(True), proposal.source.splitlines(True), "parent", "new")
         digest = self.ledger.add_candidate(
             self.key,
@@ -305,9 +374,20 @@ class Loop:
             files={} if proposal.plan is None else {"plan.toml": proposal.plan.toml().encode()},
         )
         keep_commit(self.runs, self.target.name, digest, proposal.source, proposal.message, parent.digest)
-        if digest in self._judged():
-            return "rejected", "was judged before", None
-        judgement, _ = self._through_gates(digest, champion, "gates", None)
+        return digest
+
+    def _judge(
+        self, id: str, proposal: Proposal, parent: Champion, champion: Champion, name: str, judged: Judged | None
+    ) -> tuple[str, str, float | None]:
+        """(outcome, reason, ratio): through the gates, then a fresh confirmation that decides the election."""
+        digest = self._enter(id, proposal, parent, name)
+        if judged is not None:
+            judgement = judged.judgement
+        else:
+            if digest in self._judged():
+                return "rejected", "was judged before", None
+            purpose = "gates" if self.gates is None else "part"
+            judgement, _ = self._through_gates(digest, champion, purpose, self.gates)
         failed = judgement.first_failure()
         if failed is not None:
             seen = failed.gate in OPEN_GATES
@@ -327,9 +407,9 @@ class Loop:
         return "accepted", f"elected, {detail['ratio']:.3f} times the champion", detail["ratio"]
 
     def _through_gates(
-        self, digest: str, against: Champion | None, purpose: str, gates: list[str] | None, id: str | None = None
+        self, digest: str, against: Champion | None, purpose: str, gates: Sequence[str] | None, id: str | None = None
     ) -> tuple[Judgement, str]:
-        judging = self.ledger.begin_judging(self.key, digest, environment=self.environment, purpose=purpose, id=id)
+        judging = self._begin_judging(digest, purpose, id)
 
         def keep(verdict: Verdict) -> None:
             self.ledger.add_verdict(judging, verdict)
@@ -343,9 +423,16 @@ class Loop:
             gates=gates,
             on_verdict=keep,
         )
+        self._end_judging(judging, judgement)
+        return judgement, judging
+
+    def _begin_judging(self, digest: str, purpose: str, id: str | None = None) -> str:
+        return self.ledger.begin_judging(self.key, digest, environment=self.environment, purpose=purpose, id=id)
+
+    def _end_judging(self, judging: str, judgement: Judgement) -> None:
+        self._speed = judgement.speed or self._speed
         self.ledger.add_samples(judging, judgement.samples)
         self.ledger.end_judging(judging, passed=judgement.passed, sandboxed=judgement.sandboxed)
-        return judgement, judging
 
     # The end.
 
@@ -358,6 +445,8 @@ class Loop:
         """The outcome with a champion that passed every gate again, written out; or with none that stands."""
         if self.ledger.champion(self.key)["candidate"] == self.baseline:  # type: ignore[index]
             return self._outcome(ended)
+        if self.gates is not None:
+            return self._provisional(ended)
         judgement = self._verify_champion()
         outcome = self._outcome(ended)
         outcome.verified = judgement is not None
@@ -368,6 +457,17 @@ class Loop:
                 "verdicts": [verdict.as_dict() for verdict in judgement.verdicts],
             }
             outcome.folder = self._write(outcome)
+        return outcome
+
+    def _provisional(self, ended: str) -> LoopOutcome:
+        """The outcome with the champion as a part of the gates elected it, written out unless it lies there."""
+        outcome, folder = self._outcome(ended), self.runs / self.target.name / "champion"
+        outcome.folder = folder
+        if not (folder / "engine.py").is_file() or sha256_file(folder / "engine.py") != outcome.champion:
+            latest = {verdict["gate"]: verdict for verdict in self.ledger.verdicts(outcome.champion)}
+            verdicts = [{**verdict, "pass": bool(verdict["pass"])} for verdict in latest.values()]
+            outcome.verification = {"speed": self._speed, "verdicts": verdicts}
+            self._write(outcome)
         return outcome
 
     def _verify_champion(self, id: str | None = None) -> Judgement | None:
@@ -390,6 +490,12 @@ class Loop:
             id = None
         return None
 
+    def _write(self, outcome: LoopOutcome) -> Path:
+        speed = {**outcome.verification.get("speed", {}), "ratio_to_aligned": outcome.gain}
+        verdicts = outcome.verification.get("verdicts", [])
+        run, champion = self.runs / self.target.name, self.ledger.candidate(outcome.champion, self.key)
+        return write_champion(run, self.target, self.ledger, champion, self.environment, verdicts, speed)
+
     def _depose(self, digest: str, judging: str, failed: Verdict) -> None:
         """The election is taken back, and so is the folder that was written for it; the ledger keeps the engine."""
         self.ledger.depose(judging)
@@ -400,32 +506,6 @@ class Loop:
         before = self.champion().digest
         whom = "the aligned engine" if before == self.baseline else before[:12]
         self.say(f"champion {digest[:12]} FAILED {failed.gate} when judged again and is deposed; {whom} is champion")
-
-    def _write(self, outcome: LoopOutcome) -> Path:
-        """The champion as a folder: the engine, its plan where it has one, and its provenance."""
-        row = self.ledger.candidate(outcome.champion, self.key)
-        golden = self.runs / self.target.name / "engine" / "golden.json"
-        folder = self.runs / self.target.name / "champion"
-        with new_folder(folder) as partial:
-            (partial / "engine.py").write_bytes(self.ledger.files.read(outcome.champion))
-            if "plan.toml" in row["files"]:
-                (partial / "plan.toml").write_bytes(self.ledger.files.read(row["files"]["plan.toml"]))
-            write_json(
-                partial / "provenance.json",
-                {
-                    "sha256": outcome.champion,
-                    "target": self.target.plain(),
-                    "environment": self.environment,
-                    "golden": read_json(golden, "align again") if golden.is_file() else None,
-                    "verdicts": outcome.verification.get("verdicts", []),
-                    "speed": {**outcome.verification.get("speed", {}), "ratio_to_aligned": outcome.gain},
-                    "lineage": [
-                        {key: line[key] for key in ("hash", "parent", "proposer", "message")}
-                        for line in self.ledger.lineage(outcome.champion)
-                    ],
-                },
-            )
-        return folder
 
 
 def _how(attempt: dict[str, Any]) -> str:

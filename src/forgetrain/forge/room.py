@@ -44,6 +44,22 @@ class Room:
             return {"error": error.problem}
         return {"verdicts": [_told(verdict) for verdict in ledger.verdicts(digest)]}
 
+    def profile(self) -> dict[str, Any]:
+        """Where the champion's step spends its time: seconds of each op beside the least that the hardware allows, the
+        one that loses the most first, and the costliest places in its file."""
+        loop = self._loop
+        profile = loop.profile(loop.champion().digest)
+        if profile is None:
+            return {"error": "this loop has no profiler"}
+        return {
+            "step_seconds": profile.step_seconds,
+            "ops": [{**vars(gap), "share": gap.seconds / profile.step_seconds} for gap in profile.gaps(loop.target)],
+            "places": [
+                {"functions": functions, "operator": operator, "share": share, "calls": calls}
+                for functions, operator, share, calls in profile.rows
+            ],
+        }
+
     def leaderboard(self) -> list[dict[str, Any]]:
         """The target's candidates in the order in which they came, with what became of each."""
         kept = ("number", "hash", "parent", "proposer", "message", "passed", "failed", "elected", "elected_ratio")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from forgetrain.judge.ledger import Ledger
@@ -19,15 +19,30 @@ LEFT JOIN elections e ON e.judging = j.id
 LEFT JOIN depositions d ON d.judging = j.id
 WHERE j.target = ? ORDER BY j.number
 """
+_INTERVAL = ("ratio", "low", "high")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A race: speed against the aligned engine, and the ends of its 95% interval. The uncertainty of the champion that
+    it was raced against is not in it."""
+
+    candidate: str
+    purpose: str
+    gain: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Standing:
     """Speeds against the aligned engine, as measured in one environment. gains: of candidates, each from the last race
-    that decided something; those that lost at another gate have none. champion: None when its speed is not known."""
+    that decided something; those that lost at another gate have none. champion: None when its speed is not known.
+    races: all, in their order."""
 
     gains: dict[str, float]
     champion: float | None
+    races: list[Timed] = field(default_factory=list)
 
 
 def standing(ledger: Ledger, target: str, environment: Mapping[str, Any]) -> Standing:
@@ -35,8 +50,13 @@ def standing(ledger: Ledger, target: str, environment: Mapping[str, Any]) -> Sta
     champion of that time; a verification is raced against the aligned engine and gives the champion's gain itself."""
     gains: dict[str, float] = {}
     champions: list[float | None] = []  # the gain of each champion that stands, the present one last
+    races: list[Timed] = []
     for row in ledger.query(_JUDGINGS, (target,)):
-        ratio = _ratio(row) if json.loads(row["environment"]) == dict(environment) else None
+        race = _race(row) if json.loads(row["environment"]) == dict(environment) else None
+        ratio = None if race is None else race["ratio"]
+        against = 1.0 if row["purpose"] == "verification" else champions[-1] if champions else None
+        if race is not None and against is not None:
+            races.append(Timed(row["candidate"], row["purpose"], *(race[key] * against for key in _INTERVAL)))
         if row["purpose"] == "verification":
             if row["passed"] and ratio is not None and champions:
                 champions[-1] = ratio
@@ -51,11 +71,13 @@ def standing(ledger: Ledger, target: str, environment: Mapping[str, Any]) -> Sta
                 gains[row["candidate"]] = gain
             if row["elected"] is not None:
                 champions.append(gain)
-    return Standing(gains, champions[-1] if champions else None)
+    return Standing(gains, champions[-1] if champions else None, races)
 
 
-def _ratio(judging: dict[str, Any]) -> float | None:
-    return None if judging["detail"] is None else (json.loads(judging["detail"]) or {}).get("ratio")
+def _race(judging: dict[str, Any]) -> dict[str, float] | None:
+    """Of a judging whose G7 got as far as a ratio."""
+    detail = json.loads(judging["detail"] or "null") or {}
+    return detail if all(key in detail for key in _INTERVAL) else None
 
 
 def moved(ledger: Ledger, target: str, candidate: str, environment: Mapping[str, Any]) -> str | None:
@@ -81,3 +103,13 @@ def attempts_since_verification(ledger: Ledger, target: str) -> int:
         (target,),
     )
     return rows[0]["n"]
+
+
+def passed_all_gates(ledger: Ledger, target: str, candidate: str) -> bool:
+    """Whether the candidate has passed a judging by every gate."""
+    rows = ledger.query(
+        "SELECT 1 FROM judgings WHERE target = ? AND candidate = ? AND passed AND purpose IN ('gates', 'verification') "
+        "LIMIT 1",
+        (target, candidate),
+    )
+    return bool(rows)

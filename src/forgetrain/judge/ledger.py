@@ -35,7 +35,7 @@ from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.files import Files
 from forgetrain.spec.target import Target
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE targets (
     hash TEXT PRIMARY KEY, name TEXT NOT NULL, plain TEXT NOT NULL, added REAL NOT NULL
@@ -85,9 +85,19 @@ CREATE TABLE depositions (
     judging TEXT PRIMARY KEY REFERENCES judgings (id), election INTEGER NOT NULL UNIQUE REFERENCES elections (number),
     added REAL NOT NULL
 );
-"""
+""",
+    3: """
+CREATE TABLE profiles (
+    number INTEGER PRIMARY KEY, target TEXT NOT NULL REFERENCES targets, candidate TEXT NOT NULL,
+    environment TEXT NOT NULL, profile TEXT NOT NULL, added REAL NOT NULL,
+    UNIQUE (target, candidate, environment)
+);
+""",
 }
-TABLES = ("targets", "goldens", "candidates", "attempts", "judgings", "verdicts", "samples", "elections", "depositions")
+TABLES = (
+    *("targets", "goldens", "candidates", "attempts", "judgings", "verdicts", "samples", "elections", "depositions"),
+    "profiles",
+)
 
 #: The election of a target's champion.
 _STANDING = (
@@ -104,6 +114,17 @@ class Spent:
     seconds: float
     tokens: int
     dollars: float
+
+
+def target_key(target: Target) -> str:
+    """The hash of all that a target's engines depend on, so that a larger budget for the search goes on with the same
+    attempts."""
+    return hashlib.sha256(_described(target).encode()).hexdigest()
+
+
+def _described(target: Target) -> str:
+    sections = {name: value for name, value in target.plain().items() if name not in ("search", "train")}
+    return json.dumps(sections, sort_keys=True)
 
 
 class Ledger:
@@ -217,11 +238,8 @@ class Ledger:
     # Writing
 
     def add_target(self, target: Target) -> str:
-        """Returns the target's key: the hash of all that its engines depend on, so that a larger budget for the search
-        goes on with the same attempts."""
-        sections = {name: value for name, value in target.plain().items() if name not in ("search", "train")}
-        plain = json.dumps(sections, sort_keys=True)
-        key = hashlib.sha256(plain.encode()).hexdigest()
+        """Returns the target's key."""
+        key, plain = target_key(target), _described(target)
         with self._transaction() as db:
             db.execute("INSERT OR IGNORE INTO targets VALUES (?, ?, ?, ?)", (key, target.name, plain, time.time()))
         return key
@@ -294,7 +312,8 @@ class Ledger:
         purpose: str = "gates",
         id: str | None = None,
     ) -> str:
-        """``purpose``: gates, confirmation, or verification of the champion again. Returns the judging's id."""
+        """``purpose``: gates, part (of the gates), confirmation, verification of the champion again, or aligned.
+        Returns the judging's id."""
         key = id or uuid.uuid4().hex
         row = (key, target, candidate, purpose, json.dumps(dict(environment)), time.time())
         with self._transaction() as db:
@@ -355,6 +374,18 @@ class Ledger:
             if champion is None or champion["candidate"] != row["candidate"]:
                 raise ValueError(f"judging {judging} is not the champion's")
             db.execute("INSERT INTO depositions VALUES (?, ?, ?)", (judging, champion["number"], time.time()))
+
+    def add_profile(
+        self, target: str, candidate: str, *, environment: Mapping[str, Any], profile: Mapping[str, Any]
+    ) -> None:
+        """Where a candidate's time went in an environment (forge/profile.py); the first profile stays."""
+        row = (target, candidate, json.dumps(dict(environment)), json.dumps(dict(profile)), time.time())
+        with self._transaction() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO profiles (target, candidate, environment, profile, added) "
+                "VALUES (?, ?, ?, ?, ?)",
+                row,
+            )
 
     def end_interrupted(self, target: str) -> list[str]:
         """Ends the attempts and judgings that a kill cut off; to be called by the one loop that owns the target.
@@ -429,6 +460,15 @@ class Ledger:
             (candidate,),
         )
         return [{**row, "detail": json.loads(row["detail"])} for row in rows]
+
+    def profile(self, target: str, candidate: str, environment: Mapping[str, Any] | None = None) -> dict | None:
+        """The candidate's latest profile, in this environment where one is named; None before there is one."""
+        rows = self.query(
+            "SELECT profile FROM profiles WHERE target = ?1 AND candidate = ?2 AND (?3 IS NULL OR environment = ?3) "
+            "ORDER BY number DESC LIMIT 1",
+            (target, candidate, None if environment is None else json.dumps(dict(environment))),
+        )
+        return json.loads(rows[0]["profile"]) if rows else None
 
     def lineage(self, candidate: str) -> list[dict[str, Any]]:
         """The candidate and its ancestors, itself first."""

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import source_hash, write_engine
 from forgetrain.forge.proposers.base import NoProposal, Proposal
@@ -35,3 +37,16 @@ def test_the_order_is_repeatable():
         catalogue = Catalogue(tiny_target(), Plan.textbook(), seed=7)
         orders.append([catalogue.propose(brief()).source for _ in range(5)])
     assert orders[0] == orders[1]
+
+
+def test_the_sizes_of_the_op_farthest_from_its_roofline_come_first():
+    for worst, key in (("attention", "attention_block"), ("cross_entropy", "head_rows")):
+        catalogue = Catalogue(tiny_target(), Plan.textbook())
+        first = catalogue.propose(brief())
+        assert isinstance(first, Proposal)
+        catalogue.tell(first.source, 1.5)
+        told = replace(brief(), champion=first.source, plan=first.plan, gaps=("linear", worst))
+        following = [catalogue.propose(told) for _ in range(3)]
+        changed = [{k for k, name in p.plan.items() if name != first.plan[k]} for p in following]
+        assert changed == [{key}] * 3
+        assert len({p.plan[key] for p in following}) == 3

@@ -46,13 +46,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Brief:
-    """Everything that a proposer is told. ``profile`` holds the costliest ops as (name, share of the step's time)."""
+    """Everything that a proposer is told. ``profile`` holds the costliest ops as (name, share of the step's time),
+    ``gaps`` ops by the time that they lose to their roofline, the worst first; ``plan`` is the champion's."""
 
     target: Target
     champion: str
     plan: Plan | None
     budget: Budget
     profile: tuple[tuple[str, float], ...] = ()
+    gaps: tuple[str, ...] = ()
     first_failure: str | None = None
     attempts: tuple[Attempt, ...] = ()
     dead_ends: tuple[str, ...] = ()
@@ -86,6 +88,8 @@ class Brief:
         if self.profile:
             lines += ["", "## Where the champion's time goes", ""]
             lines += [f"- {name}: {share:.0%}" for name, share in self.profile]
+            if self.gaps:
+                lines += ["", f"Farthest from what the hardware allows: {self.gaps[0]}."]
         if self.first_failure:
             lines += ["", "## What failed last", "", self.first_failure]
         if self.attempts:

@@ -1,6 +1,7 @@
 """The built-in proposer: plans drawn from the schedules' choices, searched with Optuna. No model, no key, no network.
 
-Its first candidate is the production schedule itself; after that TPE draws the sizes of its blocks, told of each
+Its first candidate is the production schedule itself. Where a champion was profiled, the block sizes come next of the
+op that loses the most time to its roofline, one by one around the champion's plan. After that TPE draws, told of each
 verdict: a rejected plan is pruned, a clocked one counts by its speed. A loop that was killed tells it of the attempts
 in its ledger, so that none is proposed again.
 """
@@ -12,7 +13,7 @@ import warnings
 
 import optuna
 
-from forgetrain.engine.plan import SCHEDULE, Plan
+from forgetrain.engine.plan import SCHEDULE, SIZED, Plan
 from forgetrain.engine.write import source_hash, write_engine
 from forgetrain.forge.proposers.base import Brief, NoProposal, Proposal
 from forgetrain.spec.target import Target
@@ -45,9 +46,11 @@ class Catalogue:
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._study.enqueue_trial({key: self._start[key] for key in _SIZES})
         self._asked: dict[str, optuna.trial.Trial | None] = {}
+        self._seeded: set[tuple[str, str]] = set()  # champions, and the op whose sizes were put first for them
 
     def propose(self, brief: Brief) -> Proposal | NoProposal:
         """The next plan that was not proposed before, as a flat file."""
+        self._seed(brief)
         for _ in range(20 * self.size):
             trial = self._study.ask(self._distributions)
             plan = self._start
@@ -65,6 +68,20 @@ class Catalogue:
             sizes = ", ".join(f"{key} {plan[key]}" for key in _SIZES)
             return Proposal(source, f"production schedule: {sizes}", plan)
         return NoProposal("every plan of the catalogue was proposed", exhausted=True)
+
+    def _seed(self, brief: Brief) -> None:
+        """Puts first what a champion's profile points at: every other size of the blocks of its worst op that has any.
+        A champion of another schedule has none of these blocks, so the production schedule's own come first."""
+        if brief.plan is None or brief.plan["schedule"] != self._start["schedule"]:
+            return
+        worst = next((op for op in brief.gaps if any(SIZED.get(key) == op for key in _SIZES)), None)
+        if worst is None or (brief.champion, worst) in self._seeded:
+            return
+        self._seeded.add((brief.champion, worst))
+        for key in (key for key in _SIZES if SIZED.get(key) == worst):
+            for size in SCHEDULE[key][0]:
+                if size != brief.plan[key]:
+                    self._study.enqueue_trial({**{k: brief.plan[k] for k in _SIZES}, key: size})
 
     def tell(self, source: str, ratio: float | None) -> None:
         """What became of a proposal: its speed against the baseline, or None when it was rejected."""

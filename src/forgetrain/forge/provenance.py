@@ -1,0 +1,61 @@
+"""The champion as a folder: its engine, its plan where it has one, and its provenance, as ``forgetrain verify`` and
+training's admission read it. The aligned engine, which the champion is measured against, lies in it the same way.
+
+    runs/nano-cpu/champion/              engine.py  plan.toml  provenance.json
+    runs/nano-cpu/champion/aligned/      engine.py  plan.toml  provenance.json
+
+What ships in ``engines/<target>`` is a copy of this folder.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from forgetrain.durable import new_folder, read_json, sha256_file, write_json
+from forgetrain.judge.ledger import Ledger
+from forgetrain.spec.target import Target
+from forgetrain.train.verified import find_verdicts
+
+
+def write_champion(
+    run: Path,
+    target: Target,
+    ledger: Ledger,
+    champion: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    verdicts: Sequence[Mapping[str, Any]],
+    speed: Mapping[str, Any],
+) -> Path:
+    """Writes ``run/champion``, whole or not at all, and returns it. ``champion``: the ledger's row."""
+    golden = run / "engine" / "golden.json"
+    common = {
+        "target": target.plain(),
+        "environment": dict(environment),
+        "golden": read_json(golden, "align again") if golden.is_file() else None,
+    }
+    with new_folder(run / "champion") as partial:
+        (partial / "engine.py").write_bytes(ledger.files.read(champion["hash"]))
+        if "plan.toml" in champion["files"]:
+            (partial / "plan.toml").write_bytes(ledger.files.read(champion["files"]["plan.toml"]))
+        lineage = [
+            {key: line[key] for key in ("hash", "parent", "proposer", "message")}
+            for line in ledger.lineage(champion["hash"])
+        ]
+        provenance = {"sha256": champion["hash"], **common, "verdicts": list(verdicts), "speed": dict(speed)}
+        write_json(partial / "provenance.json", {**provenance, "lineage": lineage})
+        _write_aligned(run / "engine", partial / "aligned", common)
+    return run / "champion"
+
+
+def _write_aligned(engine: Path, folder: Path, common: Mapping[str, Any]) -> None:
+    folder.mkdir()
+    for name in ("engine.py", "plan.toml"):
+        if (engine / name).is_file():
+            shutil.copyfile(engine / name, folder / name)
+    verdicts = find_verdicts(engine / "engine.py", []) or []
+    write_json(
+        folder / "provenance.json", {"sha256": sha256_file(folder / "engine.py"), **common, "verdicts": verdicts}
+    )
