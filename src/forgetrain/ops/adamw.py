@@ -6,6 +6,8 @@
 forward(p, g, m, v, t: int from 1, lr, beta1, beta2, eps, weight_decay) -> None.
 """
 
+# torch.optim and torch.nn.utils are made of the foreach functions, which torch does not list among its own
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import torch

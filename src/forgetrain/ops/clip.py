@@ -4,6 +4,8 @@ forward(grads: list of fp32 tensors, clip) -> the norm before clipping, fp32 [];
 gradients to the caller, who skips the update. The order of the list is part of the bits.
 """
 
+# torch.optim and torch.nn.utils are made of the foreach functions, which torch does not list among its own
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import torch
