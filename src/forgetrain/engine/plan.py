@@ -49,6 +49,15 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "head_rows": (("512", "256", "1024", "2048"), "tokens whose logits exist at a time"),
 }
 
+#: What the production schedule decides for a run on several ranks; on one rank the choices are the same.
+SCALE: dict[str, tuple[tuple[str, ...], str]] = {
+    "optimizer_state": (
+        ("replicated", "sharded"),
+        "masters and moments whole on every rank; or on each rank its part of them alone, to which gradients are "
+        "reduced and from which new weights are sent around (ZeRO-1)",
+    ),
+}
+
 #: What only the hopper schedule decides. A rank names an algorithm of cuBLASLt, counted from its own best guess.
 PRODUCTS = tuple(
     f"rank_{weight}_{product}"
@@ -129,7 +138,7 @@ def choices(target: Target) -> dict[str, tuple[str, ...]]:
 def _options(key: str) -> tuple[str, ...] | None:
     if key in OPS:
         return tuple(OPS[key])
-    return {**STRUCTURE, **SCHEDULE, **HOPPER}[key][0] if key in _KEYS else None
+    return {**STRUCTURE, **SCHEDULE, **SCALE, **HOPPER}[key][0] if key in _KEYS else None
 
 
-_KEYS = (*SCHEDULE, *HOPPER, *STRUCTURE, *OPS)
+_KEYS = (*SCHEDULE, *SCALE, *HOPPER, *STRUCTURE, *OPS)

@@ -22,7 +22,7 @@ from pathlib import Path
 import jinja2
 import ruff
 
-from forgetrain.engine.plan import HOPPER, SCHEDULE, STRUCTURE, Plan
+from forgetrain.engine.plan import HOPPER, SCALE, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
 from forgetrain.ops import blocked, regions
 from forgetrain.ops.table import OPS
@@ -64,7 +64,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     if production:
         compiled = [f for f in vars(regions).values() if inspect.isfunction(f) and _needs_region(f.__name__, target)]
         functions += [*compiled, *(f for f in vars(blocked).values() if inspect.isfunction(f))]
-    decided = [*used, *(SCHEDULE if production else STRUCTURE)]
+    decided = [*used, *((*SCHEDULE, *SCALE) if production else STRUCTURE)]
     header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
     template = _TEMPLATES.get_template("production.py.j2" if production else "decoder.py.j2")
     text = template.render(
@@ -75,6 +75,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         documents=target.data.documents,
         sources=_sources(functions, compiled),
         plan=dict(plan.items()),
+        sharded=plan["optimizer_state"] == "sharded",
         v={key: variant.name for key, variant in variants.items()},
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
         residual_scale="None" if model.residual_scale is None else "RESIDUAL_SCALE",

@@ -24,7 +24,7 @@ import forgetrain
 from forgetrain.data.folder import DataFolder, open_data
 from forgetrain.data.loader import Loader
 from forgetrain.durable import write_json
-from forgetrain.engine.contract import Batch, Engine, weight_hash
+from forgetrain.engine.contract import Batch, Engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import fingerprint
 from forgetrain.numerics.init import initial_weights
@@ -467,8 +467,7 @@ class Job:
         recipe, left_out = self.target.recipe, [rollback["batches_left_out"] for rollback in self.spikes.rollbacks]
         by_length = tokens_by_length(self.loader.stages, self.step + self.spikes.offset, left_out)
         tokens = sum(by_length.values())
-        state = self.engine.state()
-        whole = all(tuple(s.tensor.shape) == tuple(s.global_shape) for s in state.values())
+        saved, shapes = checkpoint.folder_of(self.root, self.step), self.target.model.parameter_shapes()
         rate = tokens / self.seconds if self.seconds else math.nan
         held_out = self.held_out.get(self.step)
         return {
@@ -490,7 +489,7 @@ class Job:
             "rollbacks": self.spikes.rollbacks,
             "ranks": self.world.size,
             "engine": self.chosen.facts(),
-            "weight_sha256": weight_hash(state) if whole else None,
-            "checkpoint": str(checkpoint.folder_of(self.root, self.step)),
+            "weight_sha256": checkpoint.hash_of_weights(self.engine, saved, shapes, self.world),
+            "checkpoint": str(saved),
             "metrics": str(self.run / "train" / "metrics.jsonl"),
         }
