@@ -49,6 +49,8 @@ _HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swigl
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     """The engine's source. ``facts`` are lines for its header: golden record, verdicts, measured speed."""
+    if plan["schedule"] != "production":
+        require_whole_layers(target, plan)
     if plan["schedule"] == "hopper":
         return write_hopper(target, plan, facts)
     model = target.model
@@ -75,6 +77,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         documents=target.data.documents,
         sources=_sources(functions, compiled),
         plan=dict(plan.items()),
+        tensor=target.parallel.tensor,
         sharded=plan["optimizer_state"] == "sharded",
         v={key: variant.name for key, variant in variants.items()},
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
@@ -82,6 +85,17 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         **_layer_names(target, plan),
     )
     return format_source(text)
+
+
+def require_whole_layers(target: Target, plan: Plan) -> None:
+    """Raises UserError when the target wants tensor-parallel layers, which the plan's schedule does not have."""
+    if target.parallel.tensor > 1:
+        raise UserError(
+            f"the {plan['schedule']} schedule computes whole layers on every rank",
+            key="parallel.tensor",
+            value=target.parallel.tensor,
+            remedy="set it to 1, or choose the production schedule in the plan",
+        )
 
 
 def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
@@ -120,7 +134,10 @@ def _module_source(name: str) -> str:
 
 
 def _needs_region(name: str, target: Target) -> bool:
-    return name.endswith("_region") and (target.model.qk_norm or not name.startswith("head_norm"))
+    unused = "entropy_region" if target.parallel.tensor > 1 else "vocabulary_"
+    return name.endswith("_region") and (
+        (target.model.qk_norm or not name.startswith("head_norm")) and not name.startswith(unused)
+    )
 
 
 def format_source(text: str) -> str:

@@ -92,7 +92,7 @@ def train(
     run = runs / target.name
     console = console or Console(stderr=True)
     threads, device = target.hardware.threads, target.hardware.device
-    with start_world(device=device, threads=threads) as world, ExitStack() as held:
+    with start_world(device=device, threads=threads, tensor=target.parallel.tensor) as world, ExitStack() as held:
         world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:
             console = Console(quiet=True)
@@ -103,7 +103,7 @@ def train(
         if not restart:
             found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
         first_step, last = found.step if found else 0, min(stop_after or target.recipe.steps, target.recipe.steps)
-        loader = Loader(data, target, rank=world.rank, world=world.size, device=world.device)
+        loader = Loader(data, target, rank=world.data_rank, world=world.data_size, device=world.device)
         if profile_steps is not None:
             require_within(profile_steps, first_step, last)
         checks = check_machine(target, run, world)
@@ -177,7 +177,7 @@ def _require_same(target: Target, data: DataFolder, found: checkpoint.Checkpoint
                 value=now.get(key),
                 remedy="resume with the old value, or start again with --restart",
             )
-        if key.startswith(("recipe.", "hardware.")):
+        if key.startswith(("recipe.", "hardware.", "parallel.")):
             say(console, f"resuming with {key} = {now.get(key)!r}, which was {before.get(key)!r}")
     if found.manifest["data"] != data.sha256:
         raise UserError(
