@@ -101,7 +101,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("architecture", ["qwen3", "tied", "qwen2"])
 def test_sharded_states_are_the_replicated_ones(architecture, tmp_path):
     target = tiny_target(architecture, recipe=SINGLE, data={"documents": "mask+reset"})
-    replicated = module_of(target, tmp_path)
+    replicated = module_of(target, tmp_path, optimizer_state="replicated")
     alone, both = on_ranks(1, replicated, target), on_ranks(2, replicated, target)
     sharded = module_of(target, tmp_path, optimizer_state="sharded")
     assert_same(on_ranks(1, sharded, target), alone)
