@@ -50,7 +50,7 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 #: What the production schedule decides for a run on several ranks; on one rank the choices are the same bit for bit.
-#: Sharded comes first because it was measured to take less memory, and on two ranks less time (docs/scale.md).
+#: Sharded comes first for the memory that it was measured to save (docs/scale.md has its time too).
 SCALE: dict[str, tuple[tuple[str, ...], str]] = {
     "optimizer_state": (
         ("sharded", "replicated"),
