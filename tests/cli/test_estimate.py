@@ -41,6 +41,13 @@ def test_what_does_not_fit_is_said(monkeypatch):
     assert "over 8 ranks" in run(TARGETS / "minicpm4-8b-h100x8.toml", "--shard")
 
 
+def test_what_ranks_share_is_said(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    text = run(TARGETS / "minicpm4-8b-h100x8.toml", "--shard-optimizer", "--set", "parallel.tensor=2")
+    assert "fp32 moments and master weights, layers over 2 ranks, over 4 ranks" in text
+    assert "fp32 accumulators, layers over 2 ranks " in text
+
+
 def test_overrides_and_bad_hardware():
     result = json.loads(run(TARGETS / "nano-cpu.toml", "--set", "model.num_hidden_layers=1", "--json"))
     assert result["parameters"]["total"] < 3_000_000

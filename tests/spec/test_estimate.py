@@ -22,7 +22,7 @@ from forgetrain.spec.estimate import (
     traffic,
 )
 from forgetrain.spec.hardware import HARDWARE
-from forgetrain.spec.target import load_target
+from forgetrain.spec.target import Parallel, load_target
 from tests.tiny import tiny_target
 
 TARGETS = Path(__file__).parents[2] / "targets"
@@ -139,3 +139,16 @@ def test_own_memory_and_unknown_hardware():
     assert estimate_target(target).fits is False
     with pytest.raises(UserError, match=r"hardware\.name: no such hardware \(got 'h300'\)"):
         estimate_target(load_target(TARGETS / "minicpm5-1b-h200.toml", ["hardware.name=h300"]))
+
+
+def test_what_each_rank_of_a_split_layer_holds():
+    target = load_target(TARGETS / "minicpm4-8b-h100x8.toml")
+    split = target.model_copy(update={"parallel": Parallel(tensor=2)})
+    whole, part = memory(target), memory(split)
+    norms = (2 * target.model.num_hidden_layers + 1) * target.model.hidden_size
+    assert part.weights == (whole.weights + 2 * norms) // 2  # bf16; norms are on both
+    assert part.logits * 2 == whole.logits
+    assert whole.activations / 2 < part.activations < whole.activations
+    zero = memory(split, shard_optimizer=True)
+    assert (zero.weights, zero.gradients) == (part.weights, part.gradients)
+    assert zero.optimizer == -(-part.optimizer // 4)  # 8 GPUs, 4 data ranks

@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import write_engine
+from forgetrain.spec.target import load_target
 from forgetrain.train.metrics import read_journal
 from tests.corpus import write_corpus
 from tests.engine.toy import toy
@@ -174,6 +177,45 @@ def test_a_sharded_state_is_saved_by_all_ranks_and_read_by_one(tmp_path):
     assert {"__0_0.distcp", "__1_0.distcp"} <= files
     finish(forgetrain(tmp_path, "train", target, "--resume", *options))
     assert summary(tmp_path)["steps"] == 4
+
+
+def write_engine_file(target, path, tensor=1, **choices):
+    """A production engine whose regions stay uncompiled, since compiling them takes seconds each."""
+    plan = Plan({"schedule": "production", "rope_tables": "fp32", **choices})
+    target = load_target(target, [f"parallel.tensor={tensor}"])
+    path.write_text(write_engine(target, plan).replace("@torch.compile(dynamic=False)\n", ""))
+    return path
+
+
+@pytest.mark.slow
+def test_sharded_states_resume_bit_for_bit(tmp_path):
+    target = write_target(tmp_path, steps=6, micro_batch_size=1)
+    finish(forgetrain(tmp_path, "data", "build", target))
+    engine = write_engine_file(target, tmp_path / "sharded.py", optimizer_state="sharded")
+    command = ("train", target, "--engine", engine, "--unverified")
+    finish(forgetrain(tmp_path, *command, ranks=2))
+    whole = summary(tmp_path)
+    finish(forgetrain(tmp_path, *command, "--restart", "--stop-after", "3", ranks=2))
+    finish(forgetrain(tmp_path, *command, "--resume", ranks=2))
+    assert summary(tmp_path)["weight_sha256"] == whole["weight_sha256"]
+    assert summary(tmp_path)["held_out_loss"] == whole["held_out_loss"]
+
+
+@pytest.mark.slow
+def test_layers_split_over_ranks_by_the_targets_key(tmp_path):
+    target = write_target(tmp_path, steps=2, micro_batch_size=1)
+    finish(forgetrain(tmp_path, "data", "build", target))
+    finish(forgetrain(tmp_path, "train", target))
+    alone = summary(tmp_path)
+    engine = write_engine_file(target, tmp_path / "split.py", tensor=2)
+    command = ("train", target, "--restart", "--engine", engine, "--unverified", "parallel.tensor=2")
+    _, err = finish(forgetrain(tmp_path, *command), code=2)
+    assert "parallel.tensor: does not divide the 1 ranks that were started (got 2). Start 2 with torchrun" in err
+    assert len(err.strip().splitlines()) == 1
+    finish(forgetrain(tmp_path, *command, ranks=2))
+    split = summary(tmp_path)
+    assert split["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert split["held_out_loss"] == pytest.approx(alone["held_out_loss"], rel=1e-5)
 
 
 def wait_for(condition, seconds=60):

@@ -20,15 +20,18 @@ def command(
     shard: Annotated[
         bool, typer.Option("--shard", help="Weights, gradients, optimizer over the ranks (FSDP).")
     ] = False,
+    shard_optimizer: Annotated[
+        bool, typer.Option("--shard-optimizer", help="The optimizer's states over the ranks (ZeRO-1).")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Count a target's parameters, FLOPs, bytes and memory, and the step time its hardware allows."""
     target = read_target(target_file, overrides)
-    estimate = estimate_target(target, shard=shard)
+    estimate = estimate_target(target, shard=shard, shard_optimizer=shard_optimizer)
     if as_json:
         emit(as_plain(target, estimate), as_json)
     else:
-        Console().print(table(target, estimate, shard))
+        Console().print(table(target, estimate, shard, shard_optimizer))
 
 
 def as_plain(target: Target, estimate: Estimate) -> dict[str, object]:
@@ -40,7 +43,7 @@ def as_plain(target: Target, estimate: Estimate) -> dict[str, object]:
     return {"target": target.name, **plain, "fits": estimate.fits}
 
 
-def table(target: Target, estimate: Estimate, shard: bool) -> Table:
+def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool) -> Table:
     flops, memory, roof, device = estimate.flops, estimate.memory, estimate.roofline, estimate.device
     recipe, hardware = target.recipe, target.hardware
     many = f"{hardware.count} × " if hardware.count > 1 else ""
@@ -68,13 +71,17 @@ def table(target: Target, estimate: Estimate, shard: bool) -> Table:
         ("  forward only, causal", _flops(flops.forward_causal), "a third"),
     )
     tokens = micro_batch_tokens(target)
-    over = f", over {hardware.count} ranks" if shard and hardware.count > 1 else ""
+    tensor = target.parallel.tensor
+    data = max(1, hardware.count // tensor)
+    layers = f", layers over {tensor} ranks" if tensor > 1 else ""
+    over = layers + (f", over {data} ranks" if shard and data > 1 else "")
+    over_optimizer = layers + (f", over {data} ranks" if (shard or shard_optimizer) and data > 1 else "")
     full = {True: "fits", False: "does NOT fit", None: "of the machine's"}[estimate.fits]
     size = "" if device.memory_gib is None else f" in {device.memory_gib:g} GiB"
     rows(
         ("weights", _gib(memory.weights), f"{target.precision.dtype}{over}"),
         ("gradients", _gib(memory.gradients), f"fp32 accumulators{over}"),
-        ("optimizer", _gib(memory.optimizer), f"fp32 moments{_masters(target)}{over}"),
+        ("optimizer", _gib(memory.optimizer), f"fp32 moments{_masters(target)}{over_optimizer}"),
         ("activations", _gib(memory.activations), f"one micro-batch of {tokens:,} tokens, nothing recomputed"),
         ("logits", _gib(memory.logits), f"one micro-batch × {target.model.vocab_size:,}"),
         ("memory of a rank", _gib(memory.total), f"{full}{size}"),

@@ -59,6 +59,16 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
 #: The op whose time each of those sizes decides.
 SIZED = {"attention_block": "attention", "head_rows": "cross_entropy"}
 
+#: What the production schedule decides for a run on several ranks; on one rank the choices are the same bit for bit.
+#: Sharded comes first for the memory that it was measured to save (docs/scale.md has its time too).
+SCALE: dict[str, tuple[tuple[str, ...], str]] = {
+    "optimizer_state": (
+        ("sharded", "replicated"),
+        "masters and moments: on each rank its part of them alone, to which gradients are reduced and from which new "
+        "weights are sent around (ZeRO-1); or whole on every rank",
+    ),
+}
+
 #: What only the hopper schedule decides. A rank names an algorithm of cuBLASLt, counted from its own best guess.
 PRODUCTS = tuple(
     f"rank_{weight}_{product}"
@@ -139,7 +149,7 @@ def choices(target: Target) -> dict[str, tuple[str, ...]]:
 def _options(key: str) -> tuple[str, ...] | None:
     if key in OPS:
         return tuple(OPS[key])
-    return {**STRUCTURE, **SCHEDULE, **HOPPER}[key][0] if key in _KEYS else None
+    return {**STRUCTURE, **SCHEDULE, **SCALE, **HOPPER}[key][0] if key in _KEYS else None
 
 
-_KEYS = (*SCHEDULE, *HOPPER, *STRUCTURE, *OPS)
+_KEYS = (*SCHEDULE, *SCALE, *HOPPER, *STRUCTURE, *OPS)

@@ -104,6 +104,10 @@ class EngineProcess:
         flat = str(module).endswith(".py")
         if flat and not Path(module).is_file():
             raise UserError("no such engine file", file=module, remedy="forgetrain align writes one")
+        if ranks % target.parallel.tensor:
+            problem = f"does not divide the engine's ranks, which are {ranks}"
+            remedy = "set it to 1, or start a multiple of it"
+            raise UserError(problem, key="parallel.tensor", value=target.parallel.tensor, remedy=remedy)
         limits = dict(limits or {})
         watched = {name: limits.pop(name) for name in ("processes", "resident", "written") if name in limits}
         pairs = [socket.socketpair() for _ in range(ranks)]
@@ -401,15 +405,18 @@ class EngineProcess:
         return [m.hidden_size, m.intermediate_size, m.vocab_size, m.num_attention_heads * m.head_dim]
 
     def _split(self, batch: Any) -> list[list[tuple[str, Tensor]]]:
-        """Rank r's rows, r * N / R to (r + 1) * N / R, with the global denominator."""
+        """Data rank r's rows, r * N / R to (r + 1) * N / R, with the global denominator; the ranks that hold a layer
+        together get the same."""
         n, s = batch.tokens.shape
-        if n % self.ranks:
-            raise UserError(f"a batch of {n} rows does not divide over {self.ranks} ranks", remedy="choose a multiple")
-        rows, parts = n // self.ranks, []
-        for rank in range(self.ranks):
+        sharing = self.target.parallel.tensor
+        ranks = self.ranks // sharing
+        if n % ranks:
+            raise UserError(f"a batch of {n} rows does not divide over {ranks} ranks", remedy="choose a multiple")
+        rows, parts = n // ranks, []
+        for rank in (number // sharing for number in range(self.ranks)):
             own = slice(rank * rows, (rank + 1) * rows)
             part = batch
-            if self.ranks > 1:
+            if ranks > 1:
                 places = batch.cu_seqlens.cpu()
                 first, last = rank * rows * s, (rank + 1) * rows * s
                 inside = places[(places >= first) & (places < last)] - first

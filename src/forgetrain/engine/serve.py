@@ -106,7 +106,7 @@ class Server:
             self.device = f"cuda:{self.rank % torch.cuda.device_count()}"
             torch.cuda.set_device(self.device)
         if self.ranks > 1:
-            mesh = self._make_mesh(fields["device"], fields["timeout"])
+            mesh = self._make_mesh(fields["device"], fields["timeout"], fields["target"]["parallel"]["tensor"])
         path = Path(self.module)
         module = load_file(path, "engine") if path.suffix == ".py" else importlib.import_module(self.module)
         deterministic = bool(getattr(module, "DETERMINISTIC", True))
@@ -115,7 +115,7 @@ class Server:
         self.engine = module.build(fields["target"], device=self.device, precision=fields["precision"], mesh=mesh)
         return "done", {"deterministic": deterministic}
 
-    def _make_mesh(self, device: str, timeout: float) -> Any:
+    def _make_mesh(self, device: str, timeout: float, tensor: int) -> Any:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one host; a sandbox has no other interface
         # NCCL wants a GPU for each rank; ranks that share one reduce through the host, and a sum of two has one value
         own = device == "cuda" and self.ranks <= torch.cuda.device_count()
@@ -126,7 +126,9 @@ class Server:
             world_size=self.ranks,
             timeout=timedelta(seconds=timeout),
         )
-        return init_device_mesh(device, (self.ranks,), mesh_dim_names=("data",))
+        if tensor == 1:
+            return init_device_mesh(device, (self.ranks,), mesh_dim_names=("data",))
+        return init_device_mesh(device, (self.ranks // tensor, tensor), mesh_dim_names=("data", "tensor"))
 
     def on_load(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
         weights = {name: tensor.to(self.device) for name, tensor in tensors.items()}

@@ -22,7 +22,7 @@ from pathlib import Path
 import jinja2
 import ruff
 
-from forgetrain.engine.plan import HOPPER, SCHEDULE, STRUCTURE, Plan
+from forgetrain.engine.plan import HOPPER, SCALE, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
 from forgetrain.ops import blocked, native, products, regions
 from forgetrain.ops.table import OPS
@@ -55,6 +55,8 @@ _HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swigl
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     """The engine's source. ``facts`` are lines for its header: golden record, verdicts, measured speed."""
+    if plan["schedule"] != "production":
+        require_whole_layers(target, plan)
     if plan["schedule"] == "hopper":
         return write_hopper(target, plan, facts)
     model = target.model
@@ -77,7 +79,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         functions += [*compiled, blocked.norm_blocked]
         functions += _ATTENTION[plan["attention_kernel"]]
         functions += [getattr(products, f"{name}_{plan['products']}") for name in ("product", "weight_gradient")]
-    decided = [*used, *(SCHEDULE if production else STRUCTURE)]
+    decided = [*used, *((*SCHEDULE, *SCALE) if production else STRUCTURE)]
     if production and plan["attention_kernel"] == "native":
         decided.remove("attention_block")
     header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
@@ -91,12 +93,25 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         sources=_sources(functions, compiled),
         plan=dict(plan.items()),
         attention_source=importlib.resources.files("forgetrain.ops.cpu").joinpath("attention.cpp").read_text("utf-8"),
+        tensor=target.parallel.tensor,
+        sharded=plan["optimizer_state"] == "sharded",
         v={key: variant.name for key, variant in variants.items()},
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
         residual_scale="None" if model.residual_scale is None else "RESIDUAL_SCALE",
         **_layer_names(target, plan),
     )
     return format_source(text)
+
+
+def require_whole_layers(target: Target, plan: Plan) -> None:
+    """Raises UserError when the target wants tensor-parallel layers, which the plan's schedule does not have."""
+    if target.parallel.tensor > 1:
+        raise UserError(
+            f"the {plan['schedule']} schedule computes whole layers on every rank",
+            key="parallel.tensor",
+            value=target.parallel.tensor,
+            remedy="set it to 1, or choose the production schedule in the plan",
+        )
 
 
 def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
@@ -139,7 +154,10 @@ def _needs_region(name: str, target: Target, plan: Plan) -> bool:
         return plan["products"] == "onednn"
     if name.startswith("rope_"):
         return name.endswith("_region") and plan["attention_kernel"] == "blocked"
-    return name.endswith("_region") and (target.model.qk_norm or not name.startswith("head_norm"))
+    unused = "entropy_region" if target.parallel.tensor > 1 else "vocabulary_"
+    return name.endswith("_region") and (
+        (target.model.qk_norm or not name.startswith("head_norm")) and not name.startswith(unused)
+    )
 
 
 def format_source(text: str) -> str:

@@ -113,6 +113,20 @@ def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> Tensor:
     return nll
 
 
+def vocabulary_sums_region(logits: Tensor, labels: Tensor, top: Tensor) -> Tensor:
+    """Cross-entropy's sums over one rank's part of the vocabulary, fp32 [2, T]: exp(logit - top), and the label's own
+    logit - top. labels: -1 where the label is in another part; top_T fp32: the largest logit of all parts."""
+    shifted = logits.float() - top[:, None]
+    own = shifted.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return torch.stack((torch.exp(shifted).sum(-1), torch.where(labels >= 0, own, 0.0)))
+
+
+def vocabulary_gradient_region(logits: Tensor, labels: Tensor, log_sum: Tensor, d_nll: Tensor) -> None:
+    """Replaces one part of the logits by cross-entropy's gradient; log_sum_T fp32 is over all parts."""
+    onehot = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
+    logits.copy_((torch.exp(logits.float() - log_sum[:, None]) - onehot.float()) * d_nll[:, None])
+
+
 def adamw_region(
     p: Tensor,
     g: Tensor,

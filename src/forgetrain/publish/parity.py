@@ -23,7 +23,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.publish.hf import DTYPES, Exported
-from forgetrain.spec.target import Target, parse_target
+from forgetrain.spec.target import Parallel, Target, parse_target
 from forgetrain.train import checkpoint
 
 TOLERANCE = 2e-5
@@ -61,11 +61,11 @@ def logits_parity(exported: Exported) -> Parity:
 def folder_parity(folder: Path, target: Target, weights: Mapping[str, Tensor], engine: Path | None) -> Parity:
     """Compares a Hugging Face folder with an engine that has ``weights`` (canonical name → fp32 tensor).
 
-    engine: its file; None, or one without a probe, is the textbook engine of the target.
+    engine: its file; None, or one without a probe or of layers split over ranks, is the target's textbook engine.
     """
     length = min(_LENGTH, target.model.max_position_embeddings)
     shape = {"batch_size": 2, "micro_batch_size": 2, "sequence_length": length}
-    target = target.model_copy(update={"recipe": target.recipe.model_copy(update=shape)})
+    target = target.model_copy(update={"recipe": target.recipe.model_copy(update=shape), "parallel": Parallel()})
     tokens = torch.randint(target.model.vocab_size, (2, length + 1), generator=torch.Generator().manual_seed(0))
     name, built = _engine(target, engine)
     built.load(weights)
@@ -76,8 +76,9 @@ def folder_parity(folder: Path, target: Target, weights: Mapping[str, Tensor], e
 
 def _engine(target: Target, path: Path | None) -> tuple[str, Any]:
     plain = target.plain()
-    if path is not None:
-        engine = load_engine(path).build(plain, device="cpu", precision="fp32", mesh=None)
+    module = None if path is None else load_engine(path)
+    if module is not None and getattr(module, "TENSOR_PARALLEL", 1) == 1:
+        engine = module.build(plain, device="cpu", precision="fp32", mesh=None)
         if hasattr(engine, "probe"):
             return str(path), engine
     with tempfile.TemporaryDirectory(prefix="forgetrain-") as temporary:

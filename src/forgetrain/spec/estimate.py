@@ -160,16 +160,24 @@ def traffic(model: Model, dtype: Dtype) -> Traffic:
     )
 
 
-def activation_elements(model: Model) -> int:
+def parameters_of_rank(model: Model, tensor: int) -> int:
+    """Of one of the ``tensor`` ranks that hold each layer together; norms are on every one of them."""
+    shapes = model.parameter_shapes()
+    sizes = {name: shape[0] * (shape[1] if len(shape) == 2 else 1) for name, shape in shapes.items()}
+    return sum(size if "norm." in name else size // tensor for name, size in sizes.items())
+
+
+def activation_elements(model: Model, tensor: int = 1) -> int:
     """Elements a token that backward needs, each tensor kept once: of a layer the two residual streams, both norms'
     outputs, v, rotated q and k, attention's output, gate, up and their SwiGLU; outside, the last norm's in- and output.
-    Attention keeps its row sums in fp32, counted as two elements a head."""
+    Attention keeps its row sums in fp32, counted as two elements a head. Of ``tensor`` ranks that hold a layer together
+    each keeps the residual streams and norms, and its share of the rest."""
     h, f = model.hidden_size, model.intermediate_size
     q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    layer = 4 * h + 2 * q + 2 * kv + 3 * f + 2 * model.num_attention_heads
+    shared = 2 * q + 2 * kv + 3 * f + 2 * model.num_attention_heads
     if model.qk_norm:
-        layer += q + kv  # q and k before the norm
-    return model.num_hidden_layers * layer + 2 * h
+        shared += q + kv  # q and k before the norm
+    return model.num_hidden_layers * (4 * h + shared // tensor) + 2 * h
 
 
 def micro_batch_tokens(target: Target) -> int:
@@ -177,19 +185,23 @@ def micro_batch_tokens(target: Target) -> int:
     return target.recipe.micro_batch_size * max(stage.sequence_length for stage in stages_of(target))
 
 
-def memory(target: Target, *, shard: bool = False) -> Memory:
-    """Bytes on each rank, in the stage of the longest sequences. ``shard`` divides weights, gradients and optimizer
-    over the ranks, as FSDP does."""
-    model, dtype = target.model, target.precision.dtype
-    count, size = parameters(model).total, _size(dtype)
-    ranks = target.hardware.count if shard else 1
+def memory(target: Target, *, shard: bool = False, shard_optimizer: bool = False) -> Memory:
+    """Bytes on each rank, in the stage of the longest sequences; layers are split as ``parallel.tensor`` says.
+
+    shard: weights, gradients and optimizer are divided over the data ranks, as FSDP does; shard_optimizer: the
+    optimizer alone, as ZeRO-1 does, where fp32 weights, which are their own masters, stay whole.
+    """
+    model, dtype, tensor = target.model, target.precision.dtype, target.parallel.tensor
+    count, size = parameters_of_rank(model, tensor), _size(dtype)
+    data = max(1, target.hardware.count // tensor)
+    ranks, keepers = data if shard else 1, data if shard or shard_optimizer else 1
     tokens = micro_batch_tokens(target)
     return Memory(
         weights=-(-count * size // ranks),
         gradients=-(-count * 4 // ranks),
-        optimizer=-(-count * (12 if dtype == "bf16" else 8) // ranks),
-        activations=tokens * activation_elements(model) * size,
-        logits=tokens * model.vocab_size * size,
+        optimizer=-(-count * (12 if dtype == "bf16" else 8) // keepers),
+        activations=tokens * activation_elements(model, tensor) * size,
+        logits=tokens * model.vocab_size // tensor * size,
     )
 
 
@@ -208,14 +220,14 @@ def roofline(target: Target) -> Roofline:
     )
 
 
-def estimate_target(target: Target, *, shard: bool = False) -> Estimate:
+def estimate_target(target: Target, *, shard: bool = False, shard_optimizer: bool = False) -> Estimate:
     """Raises UserError when the hardware is not in the table."""
     recipe = target.recipe
     return Estimate(
         parameters=parameters(target.model),
         flops=flops_per_token(target.model, recipe.sequence_length),
         traffic=traffic(target.model, target.precision.dtype),
-        memory=memory(target, shard=shard),
+        memory=memory(target, shard=shard, shard_optimizer=shard_optimizer),
         roofline=roofline(target),
         device=hardware_of(target.hardware),
         tokens_per_step=recipe.batch_size * recipe.sequence_length,

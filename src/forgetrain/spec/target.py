@@ -165,6 +165,12 @@ class Hardware(Section):
         return "cpu" if self.name == "cpu" else "cuda"
 
 
+class Parallel(Section):
+    """How ranks share the work. Those that ``tensor`` does not take are data-parallel."""
+
+    tensor: Positive = 1  # ranks that hold each layer together: heads, feed-forward and vocabulary are split over them
+
+
 class Source(Section):
     """One source of documents: a file, a folder, ``python-stdlib``, ``hf:org/name``, or Megatron's ``.bin/.idx``.
 
@@ -357,6 +363,7 @@ class Target(Section):
     recipe: Recipe
     precision: Precision = Precision()
     hardware: Hardware = Hardware()
+    parallel: Parallel = Parallel()
     data: Data = Data()
     reference: ReferenceSpec = ReferenceSpec()
     gates: Gates = Gates()
@@ -396,6 +403,14 @@ class Target(Section):
                     f"data.stages: {stage.name!r} has batch_size = {stage.batch_size}, no multiple of "
                     f"recipe.micro_batch_size = {recipe.micro_batch_size}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _tensor(self) -> Target:
+        tensor = self.parallel.tensor
+        for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+            if (size := getattr(self.model, key)) % tensor:
+                raise ValueError(f"parallel.tensor = {tensor} does not divide model.{key} = {size}; choose a divisor")
         return self
 
     def plain(self) -> dict[str, Any]:

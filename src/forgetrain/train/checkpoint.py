@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from forgetrain.durable import NO_SPACE, no_space_named, read_json, sha256_file, sync_folder, write_json
-from forgetrain.engine.contract import Engine, Shard
+from forgetrain.engine.contract import Engine, Shard, weight_hash
 from forgetrain.errors import UserError
 from forgetrain.train.world import World
 
@@ -239,6 +239,21 @@ def read_masters(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     _read({f"master/{name}": tensor for name, tensor in weights.items()}, path, None)
     return weights
+
+
+def hash_of_weights(engine: Engine, saved: Path, shapes: Mapping[str, tuple[int, ...]], world: World) -> str:
+    """The engine's weight hash, the same on every rank; where ranks keep parts of the masters, from the checkpoint
+    ``saved``, which holds the engine's present state. Every rank calls it."""
+    state = engine.state()
+    kept = {name: state.get(f"master/{name}") for name in shapes}
+    whole = all(shard is not None and tuple(shard.tensor.shape) == shapes[name] for name, shard in kept.items())
+    if all(world.gather(whole)):
+        return weight_hash(state)
+
+    def of_saved() -> str:
+        return weight_hash({f"master/{name}": tensor for name, tensor in read_masters(saved, shapes).items()})
+
+    return world.first(of_saved)
 
 
 def _read(into: dict[str, Tensor], path: Path, group: Any) -> None:

@@ -24,7 +24,7 @@ import forgetrain
 from forgetrain.data.folder import DataFolder, open_data
 from forgetrain.data.loader import Loader
 from forgetrain.durable import write_json
-from forgetrain.engine.contract import Batch, Engine, weight_hash
+from forgetrain.engine.contract import Batch, Engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import fingerprint
 from forgetrain.numerics.device import check_device
@@ -94,7 +94,7 @@ def train(
     console = console or Console(stderr=True)
     threads, device = target.hardware.threads, target.hardware.device
     check_device(target.hardware)
-    with start_world(device=device, threads=threads) as world, ExitStack() as held:
+    with start_world(device=device, threads=threads, tensor=target.parallel.tensor) as world, ExitStack() as held:
         world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:
             console = Console(quiet=True)
@@ -105,7 +105,7 @@ def train(
         if not restart:
             found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
         first_step, last = found.step if found else 0, min(stop_after or target.recipe.steps, target.recipe.steps)
-        loader = Loader(data, target, rank=world.rank, world=world.size, device=world.device)
+        loader = Loader(data, target, rank=world.data_rank, world=world.data_size, device=world.device)
         if profile_steps is not None:
             require_within(profile_steps, first_step, last)
         checks = check_machine(target, run, world)
@@ -179,7 +179,7 @@ def _require_same(target: Target, data: DataFolder, found: checkpoint.Checkpoint
                 value=now.get(key),
                 remedy="resume with the old value, or start again with --restart",
             )
-        if key.startswith(("recipe.", "hardware.")):
+        if key.startswith(("recipe.", "hardware.", "parallel.")):
             say(console, f"resuming with {key} = {now.get(key)!r}, which was {before.get(key)!r}")
     if found.manifest["data"] != data.sha256:
         raise UserError(
@@ -469,8 +469,7 @@ class Job:
         recipe, left_out = self.target.recipe, [rollback["batches_left_out"] for rollback in self.spikes.rollbacks]
         by_length = tokens_by_length(self.loader.stages, self.step + self.spikes.offset, left_out)
         tokens = sum(by_length.values())
-        state = self.engine.state()
-        whole = all(tuple(s.tensor.shape) == tuple(s.global_shape) for s in state.values())
+        saved, shapes = checkpoint.folder_of(self.root, self.step), self.target.model.parameter_shapes()
         rate = tokens / self.seconds if self.seconds else math.nan
         held_out = self.held_out.get(self.step)
         return {
@@ -492,7 +491,7 @@ class Job:
             "rollbacks": self.spikes.rollbacks,
             "ranks": self.world.size,
             "engine": self.chosen.facts(),
-            "weight_sha256": weight_hash(state) if whole else None,
-            "checkpoint": str(checkpoint.folder_of(self.root, self.step)),
+            "weight_sha256": checkpoint.hash_of_weights(self.engine, saved, shapes, self.world),
+            "checkpoint": str(saved),
             "metrics": str(self.run / "train" / "metrics.jsonl"),
         }

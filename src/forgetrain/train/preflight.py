@@ -58,10 +58,11 @@ def _processes(world: World) -> Check:
     if world.mesh is None:
         return Check("processes", f"1 on {world.device}")
     ones = torch.ones((), device=world.device)
-    dist.all_reduce(ones, group=world.mesh.get_group())
+    dist.all_reduce(ones)
     if int(ones) != world.size:
         raise UserError(f"{world.size} ranks add up to {int(ones)}", key="torchrun", remedy="look at the network")
-    return Check("processes", f"{world.size}, a sum over them agrees")
+    split = f", {world.tensor} to a layer" if world.tensor > 1 else ""
+    return Check("processes", f"{world.size}{split}, a sum over them agrees")
 
 
 def _memory(target: Target, world: World) -> Check:

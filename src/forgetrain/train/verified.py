@@ -49,6 +49,14 @@ class ChosenEngine:
             UserError: it was made for another target.
         """
         module = self.load()
+        tensor = getattr(module, "TENSOR_PARALLEL", 1)  # an engine whose layers are split over ranks says so
+        if tensor != target.parallel.tensor:
+            raise UserError(
+                f"splits layers over {tensor} ranks, the target over {target.parallel.tensor}",
+                file=self.name,
+                key="parallel.tensor",
+                remedy="write the engine of this target with forgetrain engine write, or change the target's value",
+            )
         deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
         if deterministic:
             make_deterministic(target.hardware.threads, target.hardware.device)
@@ -74,7 +82,8 @@ def find_verdicts(file: Path, also_in: list[Path]) -> list[dict[str, Any]] | Non
 
 def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: bool) -> ChosenEngine:
     """The engine that was asked for: a file, ``megatron`` or ``transformers``; without one the run's aligned engine,
-    and before aligning the textbook engine of the target, written to ``run/train/engine.py``.
+    and before aligning the textbook engine of the target, written to ``run/train/engine.py``; where layers are split
+    over ranks, which the textbook has not, the production schedule's.
 
     Raises:
         UserError: no such file, or one without passed verdicts and not ``unverified``.
@@ -85,8 +94,11 @@ def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: 
     if engine is None and not aligned.is_file():
         path = run / "train" / "engine.py"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(write_engine(target, Plan.textbook()), encoding="utf-8")
-        return ChosenEngine(str(path), sha256_file(path), "textbook plan, not aligned with a reference", False)
+        name, plan = "textbook", Plan.textbook()
+        if target.parallel.tensor > 1:
+            name, plan = "production", Plan({"schedule": "production", "rope_tables": "fp32"})
+        path.write_text(write_engine(target, plan), encoding="utf-8")
+        return ChosenEngine(str(path), sha256_file(path), f"{name} plan, not aligned with a reference", False)
     path = aligned if engine is None else Path(engine)
     if not path.is_file():
         raise UserError("no such engine file", file=path, remedy="forgetrain align TARGET writes one")

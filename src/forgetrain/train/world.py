@@ -1,7 +1,7 @@
 """The processes of a training run: one by default, or as many as torchrun started.
 
 with start_world(device="cpu", threads=2) as world:
-    world.rank, world.size, world.mesh                 # mesh: a DeviceMesh with the dimension "data", or None
+    world.rank, world.size, world.mesh                 # mesh: a DeviceMesh, or None for one process
     manifest = world.first(lambda: read_and_check())   # done on rank 0, the answer or the error on all
 """
 
@@ -30,9 +30,19 @@ class World:
     rank: int
     size: int
     device: str  # "cpu" or "cuda:N"
-    mesh: DeviceMesh | None
+    mesh: DeviceMesh | None  # of the dimension "data", or of "data" and "tensor" where layers are split
     control: dist.ProcessGroup | None  # a Gloo group of its own, so that control never waits for a GPU's stream
     background: dist.ProcessGroup | None = None  # another, for threads beside the steps
+    tensor: int = 1  # ranks that hold each layer together; they get the same data, and follow one another
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of every batch this rank gets."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        return self.size // self.tensor
 
     def beside(self) -> World:
         """The same processes, for one thread beside the steps: its exchanges never meet those of the steps."""
@@ -67,15 +77,23 @@ class World:
 
 
 @contextmanager
-def start_world(*, device: str, threads: int) -> Iterator[World]:
+def start_world(*, device: str, threads: int, tensor: int = 1) -> Iterator[World]:
     """Makes the process group that torchrun asks for by RANK and WORLD_SIZE, and takes it down again.
 
-    ``device`` is "cpu" or "cuda". When another rank dies, this process ends within seconds (``peers``).
+    ``device`` is "cpu" or "cuda"; ``tensor`` the ranks that hold each layer together. When another rank dies, this
+    process ends within seconds (``peers``).
 
     Raises:
-        UserError: there is no GPU, or fewer than ranks on this host.
+        UserError: there is no GPU, or fewer than ranks on this host; or ranks do not divide by ``tensor``.
     """
     size, rank, local = (int(os.environ.get(key, default)) for key, default in _TORCHRUN)
+    if size % tensor:
+        raise UserError(
+            f"does not divide the {size} ranks that were started",
+            key="parallel.tensor",
+            value=tensor,
+            remedy=f"start {tensor} with torchrun --nproc-per-node {tensor}, or a multiple of that",
+        )
     if device == "cuda":
         count = torch.cuda.device_count()
         if local >= count:
@@ -96,13 +114,20 @@ def start_world(*, device: str, threads: int) -> Iterator[World]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         with Peers(store, rank, size):
-            mesh = init_device_mesh(device, (size,), mesh_dim_names=("data",))
+            mesh = make_mesh(device, size, tensor)
             control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
             background = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-            yield World(rank, size, place, mesh, control, background)
+            yield World(rank, size, place, mesh, control, background, tensor)
             dist.barrier(control)  # rank 0 may hold the store, so it leaves with the last
     finally:
         dist.destroy_process_group()
+
+
+def make_mesh(device: str, size: int, tensor: int) -> DeviceMesh:
+    """Tensor ranks are neighbours, for they exchange the most."""
+    if tensor == 1:
+        return init_device_mesh(device, (size,), mesh_dim_names=("data",))
+    return init_device_mesh(device, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
 
 
 _TORCHRUN = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
