@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,14 @@ def test_own_memory_and_unknown_hardware():
     assert estimate_target(target).fits is False
     with pytest.raises(UserError, match=r"hardware\.name: no such hardware \(got 'h300'\)"):
         estimate_target(load_target(TARGETS / "minicpm5-1b-h200.toml", ["hardware.name=h300"]))
+
+
+def test_muon_keeps_one_moment_of_the_layers_matrices():
+    adamw, muon = (tiny_target(recipe={"optimizer": name}) for name in ("adamw", "muon"))
+    matrices = sum(
+        math.prod(shape)
+        for name, shape in muon.model.parameter_shapes().items()
+        if name.startswith("model.layers.") and len(shape) == 2
+    )
+    assert memory(adamw).optimizer - memory(muon).optimizer == 4 * matrices
+    assert roofline(adamw).traffic > roofline(muon).traffic

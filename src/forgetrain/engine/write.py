@@ -41,7 +41,7 @@ _TEMPLATES = jinja2.Environment(
 _NOT_COMPUTED = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 #: The ops of which the production schedule still takes a variant; the others are its regions and blocks.
-_PRODUCTION_OPS = ("rope_tables",)
+_PRODUCTION_OPS = ("rope_tables", "muon")
 
 #: The modules of ops.cuda that the hopper schedule is made of.
 _HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swiglu", "cross_entropy", "adamw")
@@ -58,6 +58,8 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         used = tuple(key for key in used if key != "qk_norm")
     if model.logit_divisor is None:
         used = tuple(key for key in used if key != "mup")
+    if target.recipe.optimizer != "muon":
+        used = tuple(key for key in used if key != "muon")
     variants = {key: OPS[key][plan[key]] for key in used}
     functions = [function for variant in variants.values() for function in variant.functions]
     compiled = []
@@ -73,6 +75,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         m=model,
         model=model.model_dump(mode="json", exclude=_NOT_COMPUTED),
         documents=target.data.documents,
+        muon=target.recipe.optimizer == "muon",
         sources=_sources(functions, compiled),
         plan=dict(plan.items()),
         v={key: variant.name for key, variant in variants.items()},
@@ -90,6 +93,7 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         ("data.documents", target.data.documents, "ignore"),
         ("model.attention_bias", model.attention_bias, False),
         ("model.qk_norm", model.qk_norm, False),
+        ("recipe.optimizer", target.recipe.optimizer, "adamw"),
     ):
         if given != needed:
             remedy = f"set it to {needed!r}, or choose another schedule in the plan"

@@ -14,7 +14,8 @@ from forgetrain.engine.contract import Engine, Shard
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g2 import StepRecord
 from forgetrain.judge.hidden import Stream
-from forgetrain.spec.target import Recipe
+from forgetrain.spec.moments import average_decay, state_shapes
+from forgetrain.spec.target import Recipe, Target
 
 State = dict[str, Shard]
 
@@ -41,13 +42,10 @@ class OneStep:
     after: State
 
     def clipped(self, recipe: Recipe) -> list[tuple[str, Tensor]]:
-        """The clipped gradients that the moments hold, fp32, named as taps: exp_avg / (1 - beta1)."""
+        """The clipped gradients that the moments hold, fp32, named as taps: exp_avg / (1 - its decay)."""
         prefix = "exp_avg/"
-        return [
-            (f"{key.removeprefix(prefix)}#clipped", shard.tensor / (1 - recipe.beta1))
-            for key, shard in self.after.items()
-            if key.startswith(prefix)
-        ]
+        moments = {k.removeprefix(prefix): shard.tensor for k, shard in self.after.items() if k.startswith(prefix)}
+        return [(f"{n}#clipped", m / (1 - average_decay(recipe, n, m.dim()))) for n, m in moments.items()]
 
 
 def one_step(engine: Engine, weights: Mapping[str, Tensor], batch: Any, lr: float) -> OneStep:
@@ -62,10 +60,10 @@ def masters(state: State) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): shard.tensor for key, shard in state.items() if key.startswith(prefix)}
 
 
-def expected_start(weights: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
+def expected_start(target: Target, weights: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
     """The state right after ``load``: rounded masters, zero moments, no step."""
-    state: dict[str, Tensor] = {"step": torch.tensor(0)}
+    state = {name: torch.zeros(shape) for name, shape in state_shapes(target).items()}
+    state["step"] = torch.tensor(0)
     for name, weight in weights.items():
         state[f"master/{name}"] = (weight.bfloat16() if precision == "bf16" else weight).float()
-        state[f"exp_avg/{name}"] = state[f"exp_avg_sq/{name}"] = torch.zeros_like(weight)
     return state
