@@ -5,8 +5,8 @@
         reference.step(batch, lr=1e-3)
 
 What trains is torch: AdamW, Muon where the recipe asks for it, clip_grad_norm_, and in fp32 over several ranks
-DistributedDataParallel with a hook that sums instead of averaging. transformers has no bf16 policy with fp32 masters: in
-bf16 this adapter keeps Megatron's: masters from the rounded weights, each micro-batch's gradients added to fp32
+DistributedDataParallel with a hook that sums instead of averaging. transformers has no bf16 policy with fp32 masters:
+in bf16 this adapter keeps Megatron's: masters from the rounded weights, each micro-batch's gradients added to fp32
 buffers, which are summed over ranks.
 
 MiniCPM4, of which transformers has no model, is in ``reference.minicpm``.

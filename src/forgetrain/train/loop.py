@@ -103,7 +103,7 @@ def train(
         if not restart:
             found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
         first_step, last = found.step if found else 0, min(stop_after or target.recipe.steps, target.recipe.steps)
-        loader = Loader(data, target, rank=world.rank, world=world.size, device=world.device)
+        loader = world.each(lambda: Loader(data, target, rank=world.rank, world=world.size, device=world.device))
         if profile_steps is not None:
             require_within(profile_steps, first_step, last)
         checks = check_machine(target, run, world)

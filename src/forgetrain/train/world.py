@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -50,8 +51,24 @@ class World:
                 box = [error]
         dist.broadcast_object_list(box, src=0, group=self.control)
         if isinstance(box[0], UserError):
+            box[0].told = self.rank != 0
             raise box[0]
         return box[0]
+
+    def each(self, work: Callable[[], T]) -> T:
+        """Runs ``work`` on every rank; a UserError on one is raised on all, and the first such rank prints it."""
+        answer, error = None, None
+        try:
+            answer = work()
+        except UserError as found:
+            error = found
+        errors = self.gather(error)
+        first = next((rank for rank, found in enumerate(errors) if found is not None), None)
+        if first is not None:
+            error = cast(UserError, errors[first])
+            error.told = self.rank != first
+            raise error
+        return cast(T, answer)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
@@ -73,7 +90,7 @@ def start_world(*, device: str, threads: int) -> Iterator[World]:
     ``device`` is "cpu" or "cuda". When another rank dies, this process ends within seconds (``peers``).
 
     Raises:
-        UserError: there is no GPU, or fewer than ranks on this host.
+        UserError: there is no GPU, or fewer than ranks on this host; or a rank does not come.
     """
     size, rank, local = (int(os.environ.get(key, default)) for key, default in _TORCHRUN)
     if device == "cuda":
@@ -92,7 +109,7 @@ def start_world(*, device: str, threads: int) -> Iterator[World]:
     if size == 1:
         yield World(0, 1, place, None, None)
         return
-    store, rank, size = next(iter(rendezvous("env://")))
+    store = _join(rank, size)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         with Peers(store, rank, size):
@@ -105,4 +122,26 @@ def start_world(*, device: str, threads: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def _join(rank: int, size: int) -> dist.Store:
+    """The ranks' store, once all of them are there."""
+    patience = timedelta(seconds=JOIN_SECONDS)
+    seen = None
+    try:
+        store = next(iter(rendezvous("env://", timeout=patience)))[0]
+        seen = dist.PrefixStore("joined", store)
+        seen.set(str(rank), "")
+        seen.wait([str(other) for other in range(size)], patience)
+    except (RuntimeError, ValueError) as error:  # ValueError: one of torchrun's variables is missing
+        absent = [str(other) for other in range(size) if seen is not None and not seen.check([str(other)])]
+        who = f"rank {', '.join(absent)} of {size}" if absent else f"another of the {size} ranks"
+        raise UserError(
+            f"{who} did not come within {JOIN_SECONDS:.0f} s ({str(error).splitlines()[0]})",
+            key="WORLD_SIZE",
+            remedy="start every rank, with the same MASTER_ADDR and MASTER_PORT; torchrun does",
+        ) from None
+    return store
+
+
+#: So long a rank waits for the others before the first step: a cluster starts its containers one by one.
+JOIN_SECONDS = 300.0
 _TORCHRUN = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
