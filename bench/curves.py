@@ -38,21 +38,25 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--picture", type=Path, help="the SVG to write")
     parser.add_argument("--out", type=Path, help="the JSON to write")
+    parser.add_argument("--at", type=int, help="compare at this evaluation, taking the runs as far as they are")
     options = parser.parse_intermixed_args()
     name = load_target(options.target, options.overrides).name
     contestants = [(f"forged-seed-{seed}", options.engine, seed) for seed in options.seeds]
     contestants += [(reference, reference, options.seeds[0]) for reference in REFERENCES]
-    make_data(options, name, [label for label, _, _ in contestants])
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda contestant: train(options, name, *contestant), contestants))
-    journals = {label: options.runs / label / name / "train" for label, _, _ in contestants}
-    result = compare(journals, options)
+    if options.at is None:
+        make_data(options, name, [label for label, _, _ in contestants])
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda contestant: train(options, name, *contestant), contestants))
+    folders = {label: options.runs / label / name / "train" for label, _, _ in contestants}
+    lines = {label: read_journal(folder / "metrics.jsonl") for label, folder in folders.items()}
+    if options.at is not None:
+        lines = {label: [line for line in journal if line["step"] <= options.at] for label, journal in lines.items()}
+    result = compare(lines, options)
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.picture:
         options.picture.parent.mkdir(parents=True, exist_ok=True)
-        lines = {label: read_journal(folder / "metrics.jsonl") for label, folder in journals.items()}
         options.picture.write_text(draw(lines, title=name), encoding="utf-8")
 
 
@@ -86,21 +90,20 @@ def forgetrain(*words: object, log: Path | None = None) -> None:
         subprocess.run(command, check=True, stdout=file, stderr=file)
 
 
-def compare(journals: dict[str, Path], options: argparse.Namespace) -> dict:
-    """Final held-out losses, nats a token, and where the references lie in the seeds' spread."""
-    summaries = {
-        label: json.loads((folder / "summary.json").read_text(encoding="utf-8")) for label, folder in journals.items()
-    }
-    ends = {label: summary["held_out_loss"] for label, summary in summaries.items()}
+def compare(lines: dict[str, list[dict]], options: argparse.Namespace) -> dict:
+    """Held-out losses of the last evaluation, nats a token, and where the references lie in the seeds' spread."""
+    last = {label: [line for line in journal if "held_out_loss" in line][-1] for label, journal in lines.items()}
+    steps = {line["step"] for line in last.values()}
+    if len(steps) > 1:
+        raise SystemExit(f"the runs' last evaluations are at different steps: {sorted(steps)}; use --at")
+    ends = {label: line["held_out_loss"] for label, line in last.items()}
     seeds = [loss for label, loss in ends.items() if label not in REFERENCES]
     same = ends[next(iter(ends))]
     return {
         "target": options.target,
         "overrides": options.overrides,
         "engine_sha256": source_hash(Path(options.engine).read_text(encoding="utf-8")),
-        "steps": next(iter(summaries.values()))["steps"],
-        "tokens": next(iter(summaries.values()))["tokens"],
-        "unigram_loss": next(iter(summaries.values()))["unigram_loss"],
+        "step": steps.pop(),
         "held_out_loss": ends,
         "seeds": {
             "mean": statistics.mean(seeds),
