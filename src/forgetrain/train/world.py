@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from forgetrain.errors import UserError
@@ -122,13 +123,13 @@ def start_world(*, device: str, threads: int) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _join(rank: int, size: int) -> dist.Store:
+def _join(rank: int, size: int) -> Store:
     """The ranks' store, once all of them are there."""
     patience = timedelta(seconds=JOIN_SECONDS)
     seen = None
     try:
         store = next(iter(rendezvous("env://", timeout=patience)))[0]
-        seen = dist.PrefixStore("joined", store)
+        seen = PrefixStore("joined", store)
         seen.set(str(rank), "")
         seen.wait([str(other) for other in range(size)], patience)
     except (RuntimeError, ValueError) as error:  # ValueError: one of torchrun's variables is missing
