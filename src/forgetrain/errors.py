@@ -19,6 +19,7 @@ class UserError(Exception):
         remedy: str | None = None,
     ):
         self.problem, self.file, self.key, self.value, self.remedy = problem, file, key, value, remedy
+        self.told = False  # whether another rank prints it
         super().__init__(str(self))
 
     def __str__(self) -> str:

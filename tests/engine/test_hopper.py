@@ -106,6 +106,7 @@ def test_a_norm_that_is_not_finite_moves_nothing(tmp_path):
         ("data", {"documents": "mask"}, "data.documents"),
         ("model", {"qk_norm": True}, "model.qk_norm"),
         ("model", {"attention_bias": True}, "model.attention_bias"),
+        ("recipe", {"optimizer": "muon"}, "recipe.optimizer"),
     ],
 )
 def test_what_has_no_kernel_is_refused_before_anything_is_written(section, values, key):

@@ -7,6 +7,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.init import initial_weights
+from forgetrain.spec.moments import state_shapes
 from tests.tiny import ARCHITECTURES, random_batch, tiny_target
 
 PRODUCTION = Plan(
@@ -103,8 +104,27 @@ def test_bf16_stays_within_its_rounding(tmp_path):
 
 
 @pytest.mark.usefixtures("eager")
-def test_restoring_a_state_goes_on_bit_for_bit(tmp_path):
-    target = tiny_target()
+@pytest.mark.parametrize(("architecture", "precision", "near"), [("qwen2", "fp32", 1e-5), ("tied", "bf16", 3e-2)])
+def test_muon_steps_the_layers_matrices_as_the_explicit_schedule_does(architecture, precision, near, tmp_path):
+    target = tiny_target(architecture, recipe={"optimizer": "muon"})
+    assert worst_difference(target, tmp_path, precision) < near
+    start, batch = initial_weights(target.model, seed=1), random_batch(target, 3)
+    states = []
+    for plan in (Plan.textbook(), PRODUCTION):
+        engine = engine_of(target, plan, tmp_path, precision)
+        engine.step(batch, 1e-2)
+        states.append(engine.state())
+    expected, found = states
+    assert set(found) == set(state_shapes(target))
+    for name, weight in start.items():
+        moved = expected[f"master/{name}"].tensor - weight
+        assert float((found[f"master/{name}"].tensor - weight - moved).norm() / moved.norm()) < 30 * near, name
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_restoring_a_state_goes_on_bit_for_bit(optimizer, tmp_path):
+    target = tiny_target(recipe={"optimizer": optimizer})
     whole, first = (engine_of(target, PRODUCTION, tmp_path) for _ in range(2))
     batches = [random_batch(target, seed) for seed in range(4)]
     for batch in batches:

@@ -72,6 +72,13 @@ def test_every_model_aligns_with_every_reference(reference, architecture, dtype,
 
 
 @pytest.mark.slow
+def test_muon_aligns_with_torchs(tmp_path):
+    _, _, result = aligned(tmp_path, "transformers", "minicpm5", "fp32", recipe={"optimizer": "muon"})
+    assert passed(result), result.as_dict()
+    assert result.plan["muon"] == "torch"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reference", "documents"), [("megatron", "mask"), ("transformers", "mask"), ("transformers", "mask+reset")]
 )

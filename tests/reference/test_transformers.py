@@ -16,6 +16,7 @@ from forgetrain.numerics.compare import difference
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import oracle_step
 from forgetrain.reference import transformers as adapter
+from forgetrain.spec.moments import average_decay, state_shapes
 from forgetrain.spec.taps import tap_names
 from tests.tiny import ARCHITECTURES, random_batch, tiny_target
 
@@ -32,6 +33,7 @@ PLAN = {
     "cross_entropy": "torch",
     "clip": "torch",
     "adamw": "torch",
+    "muon": "torch",
     "norm_order": "huggingface",
     "embedding": "torch",
     "mup": "divide",
@@ -46,9 +48,10 @@ def plan_of(target):
     return Plan({**PLAN, "rope": rope, "attention": "eager" if target.reference.attention == "eager" else sdpa})
 
 
-def target_of(architecture="minicpm5", dtype="fp32", documents="ignore", attention="eager"):
+def target_of(architecture="minicpm5", dtype="fp32", documents="ignore", attention="eager", optimizer="adamw"):
     return tiny_target(
         architecture,
+        recipe={"optimizer": optimizer},
         precision={"dtype": dtype},
         data={"documents": documents},
         reference={"name": "transformers", "attention": attention},
@@ -95,6 +98,35 @@ def test_the_engine_with_its_plan_equals_it(architecture, dtype, documents, atte
         assert [float(value) for value in expected] == [float(value) for value in actual]
         assert weight_hash(reference.state()) == weight_hash(engine.state())
     assert float(reference.loss(batch)) == float(engine.loss(batch))
+
+
+@pytest.mark.parametrize(("architecture", "dtype"), [("minicpm5", "fp32"), ("qwen2", "bf16"), ("tied", "fp32")])
+@pytest.mark.parametrize("qkv", ["split", "fused", "grouped"])
+def test_with_muon_the_update_is_the_engines_too(architecture, dtype, qkv, tmp_path):
+    target = target_of(architecture, dtype, optimizer="muon")
+    engine_file = tmp_path / "engine.py"
+    engine_file.write_text(write_engine(target, plan_of(target).with_choice("qkv", qkv)))
+    reference = reference_of(target)
+    engine = load_engine(engine_file).build(target.plain(), device="cpu", precision=dtype, mesh=None)
+    engine.restore(copied(reference.state()))
+    for step in range(3):
+        batch = random_batch(target, 10 + step)
+        before = copied(reference.state())
+        if qkv == "split":
+            expected, actual = reference.step(batch, 1e-2), engine.step(batch, 1e-2)
+            assert [float(value) for value in expected] == [float(value) for value in actual]
+        else:  # products of packed weights round otherwise: one update from the reference's own gradients
+            reference.step(batch, 1e-2)
+            engine.restore(before)
+            engine.update(packed(engine_file, clipped(before, reference.state(), target.recipe)), 1e-2)
+        assert set(engine.state()) == set(reference.state()) == set(state_shapes(target))
+        for name, shard in engine.state().items():
+            assert float((shard.tensor - reference.state()[name].tensor).abs().max()) <= (0 if qkv == "split" else 1e-3)
+    fresh = load_engine(engine_file).build(target.plain(), device="cpu", precision=dtype, mesh=None)
+    fresh.restore(copied(engine.state()))
+    batch = random_batch(target, 20)
+    engine.step(batch, 1e-2), fresh.step(batch, 1e-2)
+    assert same(copied(engine.state()), fresh.state())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -170,6 +202,21 @@ def test_two_ranks_sum_gradients_as_the_engine_does(dtype, tmp_path):
             expected, actual = reference.step(batch, 1e-2), engine.step(batch, 1e-2)
             assert [float(value) for value in expected] == [float(value) for value in actual]
             assert weight_hash(reference.state()) == weight_hash(engine.state())
+
+
+def packed(engine_file, gradients):
+    return load_engine(engine_file).pack(gradients)
+
+
+def clipped(before, after, recipe):
+    """The gradients that a step put into the moving averages."""
+    found = {}
+    for key in before:
+        kind, _, name = key.partition("/")
+        if kind == "exp_avg":
+            kept = average_decay(recipe, name, before[key].tensor.dim())
+            found[name] = (after[key].tensor - kept * before[key].tensor) / (1 - kept)
+    return found
 
 
 def copied(state):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -152,3 +153,14 @@ def test_what_each_rank_of_a_split_layer_holds():
     zero = memory(split, shard_optimizer=True)
     assert (zero.weights, zero.gradients) == (part.weights, part.gradients)
     assert zero.optimizer == -(-part.optimizer // 4)  # 8 GPUs, 4 data ranks
+
+
+def test_muon_keeps_one_moment_of_the_layers_matrices():
+    adamw, muon = (tiny_target(recipe={"optimizer": name}) for name in ("adamw", "muon"))
+    matrices = sum(
+        math.prod(shape)
+        for name, shape in muon.model.parameter_shapes().items()
+        if name.startswith("model.layers.") and len(shape) == 2
+    )
+    assert memory(adamw).optimizer - memory(muon).optimizer == 4 * matrices
+    assert roofline(adamw).traffic > roofline(muon).traffic

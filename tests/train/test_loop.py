@@ -7,12 +7,15 @@ import torch
 from rich.console import Console
 
 from forgetrain.durable import sha256_file
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.train import checkpoint
 from forgetrain.train.loop import train
 from forgetrain.train.metrics import read_journal
-from tests.corpus import built
+from tests.corpus import VOCAB, built
 from tests.engine.toy import toy
+from tests.tiny import tiny_target
 
 QUIET = Console(quiet=True)
 
@@ -29,9 +32,12 @@ def losses(runs, target):
     }
 
 
-@pytest.mark.parametrize("sections", [{}, {"precision": {"dtype": "bf16"}, "data": {"documents": "mask+reset"}}])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, sections):
-    schedule = {"steps": 9, "warmup_steps": 2, "decay_steps": 3}
+@pytest.mark.parametrize(
+    ("sections", "optimizer"),
+    [({}, "adamw"), ({"precision": {"dtype": "bf16"}, "data": {"documents": "mask+reset"}}, "adamw"), ({}, "muon")],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, sections, optimizer):
+    schedule = {"steps": 9, "warmup_steps": 2, "decay_steps": 3, "optimizer": optimizer}
     settings = {"checkpoint_every": 4, "eval_every": 4}
     target, _ = built(tmp_path, recipe=schedule, train=settings, **sections)
     whole = run(target, tmp_path)
@@ -206,6 +212,28 @@ def test_an_engine_for_another_model_is_refused_in_one_line(tmp_path):
     other = target.model_copy(update={"model": target.model.model_copy(update={"hidden_size": 48})})
     with pytest.raises(UserError, match=r"kept\.py: refuses the target: .*hidden_size"):
         run(other, tmp_path, engine=str(kept), unverified=True, restart=True)
+
+
+@pytest.mark.parametrize(
+    ("mine", "asked", "why"),
+    [("adamw", "muon", "has exp_avg_sq/.*, which no such"), ("muon", "adamw", "has no exp_avg_sq")],
+)
+def test_an_engine_of_another_optimizer_is_refused_before_the_first_step(tmp_path, mine, asked, why):
+    target, _ = built(tmp_path, recipe={"optimizer": asked})
+    engine = tmp_path / "other.py"
+    engine.write_text(
+        write_engine(tiny_target(model={"vocab_size": VOCAB}, recipe={"optimizer": mine}), Plan.textbook())
+    )
+    with pytest.raises(UserError, match=rf"other\.py: recipe\.optimizer: is an engine of another optimizer.*{why}"):
+        run(target, tmp_path, engine=str(engine), unverified=True)
+
+
+def test_megatron_refuses_muon_in_one_line(tmp_path):
+    target, _ = built(tmp_path, recipe={"optimizer": "muon"})
+    with pytest.raises(
+        UserError, match=r"recipe\.optimizer: megatron-core's Muon .* reference\.name = \"transformers\""
+    ):
+        run(target, tmp_path, engine="megatron")
 
 
 def test_another_engine_at_resume_is_said(tmp_path):

@@ -91,7 +91,7 @@ def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool
         ("bytes a token, forward", f"{moved.forward:,}", "norms, RoPE, SwiGLU, each one fused pass"),
         ("bytes a token, backward", f"{moved.backward:,}", "the same, and attention's delta"),
         ("bytes a token, loss", f"{moved.cross_entropy:,}", "cross-entropy in place on the logits"),
-        ("bytes a step, optimizer", f"{moved.optimizer:,}", "AdamW in one pass"),
+        ("bytes a step, optimizer", f"{moved.optimizer:,}", _passes(target)),
     )
     each = " a thread" if hardware.device == "cpu" else ""
     peak = device.peak(target.precision.dtype)
@@ -115,6 +115,11 @@ def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool
 
 def _masters(target: Target) -> str:
     return " and master weights" if target.precision.dtype == "bf16" else "; fp32 weights are their own masters"
+
+
+def _passes(target: Target) -> str:
+    muon = target.recipe.optimizer == "muon"
+    return "AdamW in one pass; Muon's too, without its products" if muon else "AdamW in one pass"
 
 
 def _flops(count: int) -> str:

@@ -72,6 +72,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
+        if error.told:
+            sys.exit(2)
         fail(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -10,7 +10,7 @@ import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target
 from forgetrain.cli.plan import plan_table
-from forgetrain.durable import read_json
+from forgetrain.durable import read_json, sha256_file
 from forgetrain.errors import UserError
 from forgetrain.publish.initial import check_initial
 from forgetrain.spec.target import Target, parse_target
@@ -18,6 +18,8 @@ from forgetrain.train.display import say
 from forgetrain.train.loop import train
 from forgetrain.train.profile import parse_steps
 from forgetrain.train.stop import exit_code
+
+RECORD = Path("train") / "run.json"
 
 
 def command(
@@ -53,6 +55,8 @@ def command(
         raise UserError("cannot go together", key="--resume, --restart", remedy="choose one")
     profiled = None if profile_steps is None else parse_steps(profile_steps)
     target, runs = _target(target_file, [*(overrides or []), *(words or [])], runs, resume)
+    if target_file.is_dir() and engine is None:
+        engine, unverified = _engine_of(target_file)
     summary = train(
         target,
         runs=runs,
@@ -89,11 +93,29 @@ def command(
         raise typer.Exit(exit_code(summary["interrupted"]))
 
 
+def _engine_of(run: Path) -> tuple[str | None, bool]:
+    """The engine that a run's folder says it was trained with, as --engine and --unverified name it; None for the
+    folder's own, which are found without being named."""
+    facts = read_json(run / RECORD, "name the target file instead")["engine"]
+    name, sha256 = facts["name"], facts["sha256"]
+    if sha256 is None:
+        return name.rpartition(".")[2], False
+    file = Path(name)
+    if file.resolve().is_relative_to(run.resolve()):
+        return None, False
+    if not file.is_file() or sha256_file(file) != sha256:
+        what = "was changed since" if file.is_file() else "is not there"
+        raise UserError(
+            f"the engine of this run {what}", file=file, remedy="put it back, or name another with --engine"
+        )
+    return name, facts["status"].startswith("unverified")
+
+
 def _target(path: Path, overrides: list[str] | None, runs: Path, resume: bool) -> tuple[Target, Path]:
     """The target, from its file, or from the run's folder, which holds it resolved."""
     if not path.is_dir():
         return read_target(path, overrides), runs
-    record = path / "train" / "run.json"
+    record = path / RECORD
     if not resume:
         raise UserError("is a folder", file=path, remedy="name a target file, or add --resume to go on with that run")
     if overrides:

@@ -62,7 +62,11 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """``master/<param>``, ``exp_avg/<param>``, ``exp_avg_sq/<param>`` fp32 and ``step`` int64 [], as Shards."""
+        """``master/<param>``, ``exp_avg/<param>``, ``exp_avg_sq/<param>`` fp32 and ``step`` int64 [], as Shards.
+
+        ``exp_avg`` is the moving average of gradients that AdamW or Muon keeps; what Muon steps has no ``exp_avg_sq``
+        (``spec.moments``).
+        """
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None: ...

@@ -143,6 +143,8 @@ def choices(target: Target) -> dict[str, tuple[str, ...]]:
         unused.add("qk_norm")
     if target.model.logit_divisor is None:
         unused.add("mup")
+    if target.recipe.optimizer != "muon":
+        unused.add("muon")
     return {key: _options(key) for key in [*OPS, *STRUCTURE] if key not in unused}  # type: ignore[misc]
 
 

@@ -35,6 +35,7 @@ from forgetrain.errors import UserError
 from forgetrain.numerics.compare import bits
 from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
 from forgetrain.numerics.runtime import RUNTIME
+from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
@@ -358,9 +359,7 @@ class EngineProcess:
     # What arrives must be
 
     def _state_shapes(self, kinds: Sequence[str] = STATE_KINDS) -> dict[str, tuple[int, ...]]:
-        of_parameters = [kind for kind in kinds if kind != "step"]
-        shapes = {f"{kind}/{name}": shape for kind in of_parameters for name, shape in self._shapes.items()}
-        return {**shapes, "step": ()} if "step" in kinds else shapes
+        return {name: shape for name, shape in state_shapes(self.target).items() if name.split("/")[0] in kinds}
 
     def _admit_state(self, kind: str, fields: dict[str, Any], specs: list[Spec]) -> None:
         expected = self._state_shapes()

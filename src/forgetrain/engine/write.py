@@ -41,7 +41,7 @@ _TEMPLATES = jinja2.Environment(
 _NOT_COMPUTED = {"max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 #: The ops of which the production schedule still takes a variant; the others are its regions and blocks.
-_PRODUCTION_OPS = ("rope_tables",)
+_PRODUCTION_OPS = ("rope_tables", "muon")
 
 #: What each of the production schedule's kernels of attention needs.
 _ATTENTION = {
@@ -55,8 +55,7 @@ _HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swigl
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     """The engine's source. ``facts`` are lines for its header: golden record, verdicts, measured speed."""
-    if plan["schedule"] != "production":
-        require_whole_layers(target, plan)
+    require_whole_layers(target, plan)
     if plan["schedule"] == "hopper":
         return write_hopper(target, plan, facts)
     model = target.model
@@ -69,8 +68,11 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         used = tuple(key for key in used if key != "qk_norm")
     if model.logit_divisor is None:
         used = tuple(key for key in used if key != "mup")
+    if target.recipe.optimizer != "muon":
+        used = tuple(key for key in used if key != "muon")
     variants = {key: OPS[key][plan[key]] for key in used}
     functions = [function for variant in variants.values() for function in variant.functions]
+    muon = target.recipe.optimizer == "muon"  # whose states are replicated: it needs whole matrices
     compiled = []
     if production:
         compiled = [
@@ -79,7 +81,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         functions += [*compiled, blocked.norm_blocked]
         functions += _ATTENTION[plan["attention_kernel"]]
         functions += [getattr(products, f"{name}_{plan['products']}") for name in ("product", "weight_gradient")]
-    decided = [*used, *((*SCHEDULE, *SCALE) if production else STRUCTURE)]
+    decided = [*used, *((*SCHEDULE, *(() if muon else SCALE)) if production else STRUCTURE)]
     if production and plan["attention_kernel"] == "native":
         decided.remove("attention_block")
     header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
@@ -90,11 +92,12 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         m=model,
         model=model.model_dump(mode="json", exclude=_NOT_COMPUTED),
         documents=target.data.documents,
+        muon=muon,
         sources=_sources(functions, compiled),
         plan=dict(plan.items()),
         attention_source=importlib.resources.files("forgetrain.ops.cpu").joinpath("attention.cpp").read_text("utf-8"),
         tensor=target.parallel.tensor,
-        sharded=plan["optimizer_state"] == "sharded",
+        sharded=plan["optimizer_state"] == "sharded" and not muon,
         v={key: variant.name for key, variant in variants.items()},
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
         residual_scale="None" if model.residual_scale is None else "RESIDUAL_SCALE",
@@ -104,8 +107,15 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
 
 
 def require_whole_layers(target: Target, plan: Plan) -> None:
-    """Raises UserError when the target wants tensor-parallel layers, which the plan's schedule does not have."""
-    if target.parallel.tensor > 1:
+    """Raises UserError when the target wants tensor-parallel layers, which the plan's schedule, or Muon, does not have."""
+    if target.parallel.tensor > 1 and target.recipe.optimizer == "muon":
+        raise UserError(
+            "splits matrices that Muon needs whole",
+            key="parallel.tensor",
+            value=target.parallel.tensor,
+            remedy="set it to 1",
+        )
+    if target.parallel.tensor > 1 and plan["schedule"] != "production":
         raise UserError(
             f"the {plan['schedule']} schedule computes whole layers on every rank",
             key="parallel.tensor",
@@ -121,6 +131,7 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         ("data.documents", target.data.documents, "ignore"),
         ("model.attention_bias", model.attention_bias, False),
         ("model.qk_norm", model.qk_norm, False),
+        ("recipe.optimizer", target.recipe.optimizer, "adamw"),
     ):
         if given != needed:
             remedy = f"set it to {needed!r}, or choose another schedule in the plan"

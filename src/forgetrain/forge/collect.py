@@ -37,6 +37,7 @@ from forgetrain.numerics.device import check_device
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import oracle_step
 from forgetrain.reference import megatron, megatron_shims
+from forgetrain.spec.moments import average_decay
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.target import Target
 
@@ -272,7 +273,7 @@ def _two_updates(
     engine: EngineProcess, target: Target, weights: dict[str, Tensor], batches: list[Batch]
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """For at most two steps: clipped gradients, read back from the first moments, and the weights before."""
-    beta1 = target.recipe.beta1
+    decay = {name: average_decay(target.recipe, name, weight.dim()) for name, weight in weights.items()}
     clipped, starts = [], [dict(weights)]
     before = {name: torch.zeros(()) for name in weights}
     engine.load(weights)
@@ -280,7 +281,7 @@ def _two_updates(
         engine.step(batch, learning_rate(target.recipe, step))
         state = {key: shard.tensor for key, shard in engine.state().items()}
         moments = {name: state[f"exp_avg/{name}"] for name in weights}
-        clipped.append({n: (moments[n].double() - beta1 * before[n].double()) / (1 - beta1) for n in weights})
+        clipped.append({n: (moments[n].double() - d * before[n].double()) / (1 - d) for n, d in decay.items()})
         starts.append({name: state[f"master/{name}"] for name in weights})
         before = moments
     return clipped, starts

@@ -60,7 +60,7 @@ _STRUCTURE = {
     "megatron": {"token_order": "sequence", "qkv": "grouped", "gate_up": "fused", "norm_order": "megatron"},
     "transformers": {"qkv": "split", "gate_up": "split", "qkv_sum": "v+k+q", "norm_order": "huggingface"},
 }
-_UPDATE = ("adamw", "clip", "norm_order", "accumulate")
+_UPDATE = ("adamw", "muon", "clip", "norm_order", "accumulate")
 
 
 def suspects(tap: str, target: Target) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forgetrain.gates.verdict import Verdict
+from forgetrain.spec.moments import average_decay
 from forgetrain.spec.taps import kind_of
 from forgetrain.spec.target import Recipe
 
@@ -28,7 +29,6 @@ def replay_distance(
     before: Mapping[str, Any], found: Outcome, due: Outcome, recipe: Recipe, steps: int
 ) -> dict[str, float]:
     """Distance by kind of parameter, and of the losses under ``loss``. Outcomes are (losses, state after)."""
-    decay = recipe.beta1**steps
     apart: dict[str, float] = {}
     size: dict[str, float] = {}
     for key in before:
@@ -36,7 +36,8 @@ def replay_distance(
             kind = kind_of(key.removeprefix("exp_avg/"))
             old, mine, theirs = (state[key].tensor.double() for state in (before, found[1], due[1]))
             apart[kind] = apart.get(kind, 0.0) + float((mine - theirs).square().sum())
-            size[kind] = size.get(kind, 0.0) + float((theirs - decay * old).square().sum())
+            kept = average_decay(recipe, key.removeprefix("exp_avg/"), old.dim()) ** steps
+            size[kind] = size.get(kind, 0.0) + float((theirs - kept * old).square().sum())
     distances = {kind: math.sqrt(apart[kind] / size[kind]) if size[kind] else math.inf for kind in apart}
     pairs = list(zip(found[0], due[0], strict=True))
     # a loss is a mean over many tokens: its error is far smaller than that of a gradient

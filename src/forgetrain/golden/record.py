@@ -30,11 +30,14 @@ from torch import Tensor
 from forgetrain.durable import new_folder, read_json, sha256_file, write_json
 from forgetrain.engine.contract import Batch
 from forgetrain.errors import UserError
-from forgetrain.spec.target import Target
+from forgetrain.spec.target import Target, parse_target
 
 FORMAT = 1
 #: What of the recipe the record's bits depend on.
-_RECIPE_KEYS = ("batch_size", "micro_batch_size", "sequence_length", "beta1", "beta2", "eps", "weight_decay", "clip")
+_RECIPE_KEYS = (
+    *("batch_size", "micro_batch_size", "sequence_length", "optimizer", "beta1", "beta2", "eps", "muon_momentum"),
+    *("weight_decay", "clip"),
+)
 MANIFEST, WEIGHTS, BATCHES, EVIDENCE = "manifest.json", "weights.safetensors", "batches.safetensors", "taps.safetensors"
 TRAJECTORY, TIMING, LATER = "trajectory.jsonl", "timing.json", "later.safetensors"
 
@@ -93,7 +96,8 @@ class GoldenRecord:
             for key in keys:
                 if theirs.get(key) != ours[key]:
                     return f"its target has {section}.{key} = {theirs.get(key)!r}, this one {ours[key]!r}"
-        recipe, ours = self.manifest["target"]["recipe"], target.at_gates_shape().plain()["recipe"]
+        recipe = parse_target(self.manifest["target"]).recipe.model_dump()  # with defaults of keys that came later
+        ours = target.at_gates_shape().plain()["recipe"]
         for key in _RECIPE_KEYS:
             if recipe[key] != ours[key]:
                 return f"its target has {key} = {recipe[key]!r} at the gates' shape, this one {ours[key]!r}"

@@ -13,6 +13,8 @@ from forgetrain.engine.contract import Engine, Shard
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g2 import StepRecord
 from forgetrain.judge.hidden import Stream
+from forgetrain.spec.moments import average_decay, state_shapes
+from forgetrain.spec.target import Target
 
 State = dict[str, Shard]
 
@@ -32,14 +34,12 @@ def clipped_gradients(
     engine: EngineProcess, weights: Mapping[str, Tensor], batch: Any, lr: float
 ) -> list[tuple[str, Tensor]]:
     """The clipped gradients of a step from zero moments, fp32, named as taps; the first moments hold them:
-    exp_avg / (1 - beta1)."""
+    exp_avg / (1 - its decay)."""
     engine.load(weights)
     engine.step(batch, lr)
-    prefix, share = "exp_avg/", 1 - engine.target.recipe.beta1
-    return [
-        (f"{key.removeprefix(prefix)}#clipped", shard.tensor / share)
-        for key, shard in engine.state(("exp_avg",)).items()
-    ]
+    recipe, prefix = engine.target.recipe, "exp_avg/"
+    moments = {key.removeprefix(prefix): shard.tensor for key, shard in engine.state(("exp_avg",)).items()}
+    return [(f"{name}#clipped", m / (1 - average_decay(recipe, name, m.dim()))) for name, m in moments.items()]
 
 
 def masters(state: State) -> dict[str, Tensor]:
@@ -47,10 +47,10 @@ def masters(state: State) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): shard.tensor for key, shard in state.items() if key.startswith(prefix)}
 
 
-def expected_start(weights: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
+def expected_start(target: Target, weights: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
     """The state right after ``load``: rounded masters, zero moments, no step."""
-    state: dict[str, Tensor] = {"step": torch.tensor(0)}
+    state = {name: torch.zeros(shape) for name, shape in state_shapes(target).items()}
+    state["step"] = torch.tensor(0)
     for name, weight in weights.items():
         state[f"master/{name}"] = (weight.bfloat16() if precision == "bf16" else weight).float()
-        state[f"exp_avg/{name}"] = state[f"exp_avg_sq/{name}"] = torch.zeros_like(weight)
     return state

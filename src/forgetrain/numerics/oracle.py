@@ -1,8 +1,8 @@
 """The oracle: one training step of the target's model in float64, from the formulas, with autograd.
 
 It shares no code with ops, references or engines. Formulas: RMSNorm arXiv 1910.07467, RoPE arXiv 2104.09864 (halves
-rotated, as Hugging Face stores heads), GQA arXiv 2305.13245, SwiGLU arXiv 2002.05202, AdamW arXiv 1711.05101, muP
-scales as in MiniCPM (arXiv 2404.06395).
+rotated, as Hugging Face stores heads), GQA arXiv 2305.13245, SwiGLU arXiv 2002.05202, AdamW arXiv 1711.05101, Muon
+arXiv 2502.16982, muP scales as in MiniCPM (arXiv 2404.06395).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgetrain.spec.moments import by_muon
 from forgetrain.spec.taps import forward_taps
 from forgetrain.spec.target import Model, Target
 
@@ -75,7 +76,12 @@ def oracle_step(
     norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
     factor = min(1.0, recipe.clip / float(norm))
     clipped = {name: grad * factor for name, grad in grads.items()}
-    master = {name: adamw_first(start[name], clipped[name], lr, recipe) for name in start}
+    master = {
+        name: (muon_first if by_muon(recipe, name, start[name].dim()) else adamw_first)(
+            start[name], clipped[name], lr, recipe
+        )
+        for name in start
+    }
     return OracleStep(loss, norm, grads, clipped, master, seen)
 
 
@@ -83,6 +89,21 @@ def adamw_first(weight: Tensor, grad: Tensor, lr: float, recipe: Any) -> Tensor:
     """AdamW's first step from zero moments, whose corrected moments are the gradient and its square."""
     decay = recipe.weight_decay if weight.dim() >= 2 else 0.0
     return weight - lr * (grad / (grad.abs() + recipe.eps) + decay * weight)
+
+
+def muon_first(weight: Tensor, grad: Tensor, lr: float, recipe: Any) -> Tensor:
+    """Muon's first step from zero momentum, whose direction is the gradient's."""
+    return weight - lr * (0.2 * max(weight.shape) ** 0.5 * orthogonal(grad) + recipe.weight_decay * weight)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Newton-Schulz as Muon iterates it (kellerjordan.github.io/posts/muon): five quintics in the dtype of x [A, B]."""
+    wide = x.t() if x.shape[0] > x.shape[1] else x
+    wide = wide / wide.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.t()
+        wide = 3.4445 * wide - 4.7750 * gram @ wide + 2.0315 * gram @ gram @ wide
+    return wide.t() if x.shape[0] > x.shape[1] else wide
 
 
 def _of(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from forgetrain.ops import (
     cross_entropy,
     embedding,
     linear,
+    muon,
     mup,
     residual,
     rmsnorm,
@@ -33,4 +34,5 @@ OPS: dict[str, dict[str, Variant]] = {
     "accumulate": accumulate.VARIANTS,
     "clip": clip.VARIANTS,
     "adamw": adamw.VARIANTS,
+    "muon": muon.VARIANTS,
 }

@@ -324,6 +324,13 @@ def _refuse_unsupported(target: Target) -> None:
             value=target.precision.dtype,
             remedy="run the script in fp32, or use the megatron or transformers reference",
         )
+    if target.recipe.optimizer != "adamw":
+        raise UserError(
+            "capture watches one optimizer, and Muon needs a second beside it",
+            key="recipe.optimizer",
+            value=target.recipe.optimizer,
+            remedy='set it to "adamw", or use the transformers reference',
+        )
     if torch.get_num_threads() != target.hardware.threads:
         raise UserError(
             f"the script runs with {torch.get_num_threads()} threads, on which bits depend",

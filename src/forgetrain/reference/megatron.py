@@ -288,6 +288,13 @@ def refuse_unsupported(target: Target) -> None:
             value="megatron",
             remedy="use the transformers reference for MiniCPM4",
         )
+    if target.recipe.optimizer == "muon":
+        raise UserError(
+            "megatron-core's Muon needs the package emerging_optimizers and a GPU; it is no reference here",
+            key="recipe.optimizer",
+            value="muon",
+            remedy='set reference.name = "transformers", which steps with torch.optim.Muon',
+        )
     if target.data.documents == "mask+reset":
         raise UserError(
             "megatron-core's local RoPE takes no positions, so they cannot start again at each document",

@@ -4,9 +4,10 @@
         reference.load(weights)
         reference.step(batch, lr=1e-3)
 
-What trains is torch: AdamW, clip_grad_norm_, and in fp32 over several ranks DistributedDataParallel with a hook that
-sums instead of averaging. transformers has no bf16 policy with fp32 masters, so in bf16 this adapter keeps Megatron's:
-masters from the rounded weights, each micro-batch's gradients added to fp32 buffers, which are summed over ranks.
+What trains is torch: AdamW, Muon where the recipe asks for it, clip_grad_norm_, and in fp32 over several ranks
+DistributedDataParallel with a hook that sums instead of averaging. transformers has no bf16 policy with fp32 masters:
+in bf16 this adapter keeps Megatron's: masters from the rounded weights, each micro-batch's gradients added to fp32
+buffers, which are summed over ranks.
 
 MiniCPM4, of which transformers has no model, is in ``reference.minicpm``.
 """
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from forgetrain.engine.contract import Batch, Shard, StepResult
 from forgetrain.errors import UserError
 from forgetrain.reference.transformers_taps import Collector
+from forgetrain.spec.moments import by_muon, state_shapes
 from forgetrain.spec.taps import forward_taps
 from forgetrain.spec.target import Model, Target, parse_target
 
@@ -43,14 +45,19 @@ class Transformers:
             name: nn.Parameter(p.detach().float().clone()) if self.bf16 else p for name, p in self.parameters.items()
         }
         recipe = target.recipe
-        decayed = [p for p in self.masters.values() if p.dim() > 1]
+        muon = [p for name, p in self.masters.items() if by_muon(recipe, name, p.dim())]
+        decayed = [p for name, p in self.masters.items() if p.dim() > 1 and not by_muon(recipe, name, p.dim())]
         others = [p for p in self.masters.values() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=recipe.lr,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.eps,
         )
+        self.optimizers: list[torch.optim.Optimizer] = [self.adamw]
+        if muon:
+            momentum, decay = recipe.muon_momentum, recipe.weight_decay
+            self.optimizers.append(torch.optim.Muon(muon, recipe.lr, decay, momentum, adjust_lr_fn="match_rms_adamw"))
         self.model: Any = self.network
         if group is not None and not self.bf16:
             ddp = DistributedDataParallel(self.network, process_group=group)
@@ -61,18 +68,20 @@ class Transformers:
 
     def step(self, batch: Any, lr: float) -> StepResult:
         loss = self._gradients(batch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.target.recipe.clip)
         applied = torch.isfinite(norm)
         if applied:
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self._round()
         return StepResult(loss, norm.float(), applied)
 
     def _gradients(self, batch: Any) -> Tensor:
         """Leaves the step's summed gradients in the masters' ``grad``; returns the global loss."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         loss = torch.zeros((), device=self.device)
         micro_batches = list(self._micro_batches(batch))
         for number, micro in enumerate(micro_batches):
@@ -101,6 +110,10 @@ class Transformers:
         flat = logits.float().view(-1, self.target.model.vocab_size)
         nll = F.cross_entropy(flat, batch.labels.reshape(-1), reduction="none").view(batch.labels.shape)
         return nll, (nll * batch.mask).sum() / batch.loss_denominator
+
+    def _forget_gradients(self) -> None:
+        for master in self.masters.values():
+            master.grad = None
 
     def _reduced(self, loss: Tensor) -> Tensor:
         if self.group is not None:
@@ -147,7 +160,7 @@ class Transformers:
 
     def probe(self, batch: Any) -> Iterable[tuple[str, Tensor]]:
         places = [tap.name for tap in forward_taps(self.target.model)]
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         micro_batches = list(self._micro_batches(batch))
         for number, micro in enumerate(micro_batches):
             with Collector(self.network, self.target.model) as found:
@@ -165,7 +178,7 @@ class Transformers:
         torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.target.recipe.clip)
         for name in order:
             yield f"{name}#clipped", self.masters[name].grad.clone()  # type: ignore[union-attr]
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
 
     # Weights and state
 
@@ -174,28 +187,43 @@ class Transformers:
         for name, p in self.parameters.items():
             p.copy_(weights[name])
             self.masters[name].copy_(p)
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
 
     def state(self) -> dict[str, Shard]:
-        shards, updates = {}, 0
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
-            for name in self.target.model.parameter_shapes():
-                master = self.masters[name]
-                slot = self.optimizer.state.get(master, {})
-                updates = int(slot.get("step", 0))
-                tensor = master.detach() if kind == "master" else slot.get(kind, torch.zeros_like(master)).detach()
-                shards[f"{kind}/{name}"] = Shard(tensor, tuple(tensor.shape), (0,) * tensor.dim())
-        return {**shards, "step": Shard(torch.tensor(updates), (), ())}
+        slots = {master: slot for optimizer in self.optimizers for master, slot in optimizer.state.items()}
+        shards = {}
+        for key, shape in state_shapes(self.target).items():
+            kind, _, name = key.partition("/")
+            if kind == "step":
+                continue
+            master = self.masters[name]
+            slot = {"master": master, **slots.get(master, {})}
+            slot["exp_avg"] = slot.pop("momentum_buffer", slot.get("exp_avg"))
+            tensor = torch.zeros_like(master) if slot.get(kind) is None else slot[kind].detach()
+            shards[key] = Shard(tensor, tuple(shape), (0,) * tensor.dim())
+        return {**shards, "step": Shard(torch.tensor(self._updates()), (), ())}
+
+    def _updates(self) -> int:
+        """AdamW's count; Muon keeps none."""
+        return next((int(slot["step"]) for slot in self.adamw.state.values()), 0)
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
         updates = int(state["step"].tensor)
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         for name, master in self.masters.items():
             master.copy_(state[f"master/{name}"].tensor)
-            if updates:
-                moments = {kind: state[f"{kind}/{name}"].tensor.clone() for kind in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[master] = {"step": torch.tensor(float(updates)), **moments}
+            if not updates:
+                continue
+            average = state[f"exp_avg/{name}"].tensor.clone()
+            if by_muon(self.target.recipe, name, master.dim()):
+                self.optimizers[-1].state[master] = {"momentum_buffer": average}
+            else:
+                square = state[f"exp_avg_sq/{name}"].tensor.clone()
+                step = torch.tensor(float(updates))
+                self.adamw.state[master] = {"step": step, "exp_avg": average, "exp_avg_sq": square}
         self._round()
 
 

@@ -13,9 +13,11 @@ optimizer count as bytes, not as FLOPs. The recomputation inside attention's bac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from forgetrain.spec.hardware import Device, Dtype, hardware_of, units
+from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.stages import stages_of
 from forgetrain.spec.target import Model, Target
 
@@ -67,7 +69,7 @@ class Memory:
 
     weights: int  # what products read: in the target's dtype
     gradients: int  # fp32 accumulators
-    optimizer: int  # two fp32 moments, and under bf16 the fp32 masters
+    optimizer: int  # two fp32 moments (one of what Muon steps), and under bf16 the fp32 masters
     activations: int  # what backward needs of one micro-batch, each tensor once
     logits: int  # of one micro-batch, in the target's dtype
 
@@ -195,14 +197,28 @@ def memory(target: Target, *, shard: bool = False, shard_optimizer: bool = False
     count, size = parameters_of_rank(model, tensor), _size(dtype)
     data = max(1, target.hardware.count // tensor)
     ranks, keepers = data if shard else 1, data if shard or shard_optimizer else 1
-    tokens = micro_batch_tokens(target)
+    tokens, absent = micro_batch_tokens(target), parameters(model).total - _second_moments(target)
     return Memory(
         weights=-(-count * size // ranks),
         gradients=-(-count * 4 // ranks),
-        optimizer=-(-count * (12 if dtype == "bf16" else 8) // keepers),
+        optimizer=-(-(count * (12 if dtype == "bf16" else 8) - 4 * absent) // keepers),
         activations=tokens * activation_elements(model, tensor) * size,
         logits=tokens * model.vocab_size // tensor * size,
     )
+
+
+def _traffic_of(target: Target) -> Traffic:
+    """The target's traffic: a second moment that Muon does not keep is neither read nor written."""
+    moved, absent = (
+        traffic(target.model, target.precision.dtype),
+        parameters(target.model).total - _second_moments(target),
+    )
+    return replace(moved, optimizer=moved.optimizer - 8 * absent)
+
+
+def _second_moments(target: Target) -> int:
+    """Elements of the second moments."""
+    return sum(math.prod(shape) for name, shape in state_shapes(target).items() if name.startswith("exp_avg_sq/"))
 
 
 def roofline(target: Target) -> Roofline:
@@ -210,7 +226,7 @@ def roofline(target: Target) -> Roofline:
     model, recipe, dtype = target.model, target.recipe, target.precision.dtype
     device, count = hardware_of(target.hardware), units(target.hardware)
     tokens = recipe.batch_size * recipe.sequence_length
-    flops, moved = flops_per_token(model, recipe.sequence_length), traffic(model, dtype)
+    flops, moved = flops_per_token(model, recipe.sequence_length), _traffic_of(target)
     peak = device.peak(dtype) * count
     moving = tokens * (moved.forward + moved.backward + moved.cross_entropy) + moved.optimizer * target.hardware.count
     return Roofline(
@@ -226,7 +242,7 @@ def estimate_target(target: Target, *, shard: bool = False, shard_optimizer: boo
     return Estimate(
         parameters=parameters(target.model),
         flops=flops_per_token(target.model, recipe.sequence_length),
-        traffic=traffic(target.model, target.precision.dtype),
+        traffic=_traffic_of(target),
         memory=memory(target, shard=shard, shard_optimizer=shard_optimizer),
         roofline=roofline(target),
         device=hardware_of(target.hardware),

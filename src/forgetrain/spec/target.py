@@ -114,12 +114,13 @@ class Model(Section):
 class Recipe(Section):
     """How the model is trained. Weight decay applies to parameters of two or more dimensions only."""
 
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the layers' matrices; AdamW for all else
     lr: Annotated[float, Field(gt=0)] = 3e-4
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     beta1: Ratio = 0.9
     beta2: Ratio = 0.95
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip: Annotated[float, Field(gt=0)] = 1.0  # the global gradient norm is clipped to this
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"

@@ -177,7 +177,11 @@ def verify(path: Path) -> Checkpoint:
             raise UserError("is missing: the checkpoint is not whole", file=file, remedy=_OTHER)
         if file.stat().st_size != facts["bytes"]:
             raise UserError(f"is truncated: {file.stat().st_size} bytes of {facts['bytes']}", file=file, remedy=_OTHER)
-        if sha256_file(file) != facts["sha256"]:
+        try:
+            digest = sha256_file(file)
+        except OSError as error:
+            raise UserError(f"cannot be read: {error.strerror}", file=file, remedy=_OTHER) from None
+        if digest != facts["sha256"]:
             raise UserError("is damaged: its SHA-256 is not the manifest's", file=file, remedy=_OTHER)
     return Checkpoint(path, manifest)
 

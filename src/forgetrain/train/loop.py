@@ -49,7 +49,7 @@ from forgetrain.train.spikes import Spikes, first_grown, sizes_of_taps
 from forgetrain.train.stages import mean_length, require_every_length, require_same_past, tokens_by_length
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.tracking import Tracker
-from forgetrain.train.verified import ChosenEngine, choose_engine
+from forgetrain.train.verified import ChosenEngine, choose_engine, require_moments
 from forgetrain.train.world import World, start_world
 
 #: What must be equal for a checkpoint to go on: other values would make another run of it.
@@ -105,7 +105,9 @@ def train(
         if not restart:
             found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
         first_step, last = found.step if found else 0, min(stop_after or target.recipe.steps, target.recipe.steps)
-        loader = Loader(data, target, rank=world.data_rank, world=world.data_size, device=world.device)
+        loader = world.each(
+            lambda: Loader(data, target, rank=world.data_rank, world=world.data_size, device=world.device)
+        )
         if profile_steps is not None:
             require_within(profile_steps, first_step, last)
         checks = check_machine(target, run, world)
@@ -260,6 +262,7 @@ class Job:
         recipe, initial = self.target.recipe, self.initial
         weights = initial_weights(self.target.model, recipe.seed) if initial is None else initial.weights()
         self.engine.load(weights)
+        require_moments(self.engine, self.target, self.chosen.name, self.world)
         if found is not None:
             checkpoint.load(self.engine, found.path, self.world)
         self.step = self.saved = 0 if found is None else found.step

@@ -21,7 +21,9 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import make_deterministic
+from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.target import Target
+from forgetrain.train.world import World
 
 RECORDS = ("verdicts.json", "provenance.json")
 _REFERENCES = "forgetrain.reference."
@@ -65,6 +67,22 @@ class ChosenEngine:
         except ValueError as error:
             raise UserError(f"refuses the target: {error}", file=self.name, remedy="align this target") from error
         return engine, deterministic
+
+
+def require_moments(engine: Engine, target: Target, name: str, world: World) -> None:
+    """Refuses an engine with loaded weights that keeps other moments than the recipe's optimizer has: it would step
+    with another one."""
+    due = set(state_shapes(target))
+    found = set().union(*world.gather(set(engine.state())))  # a sharded engine's ranks may each name a part
+    if odd := sorted(found ^ due):
+        what = f"has no {odd[0]}" if odd[0] in due else f"has {odd[0]}, which no such optimizer keeps"
+        raise UserError(
+            f"is an engine of another optimizer: its state {what}",
+            file=name,
+            key="recipe.optimizer",
+            value=target.recipe.optimizer,
+            remedy="write the engine of this target: forgetrain align, or forgetrain engine write",
+        )
 
 
 def find_verdicts(file: Path, also_in: list[Path]) -> list[dict[str, Any]] | None:

@@ -11,11 +11,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from forgetrain.errors import UserError
@@ -60,8 +62,24 @@ class World:
                 box = [error]
         dist.broadcast_object_list(box, src=0, group=self.control)
         if isinstance(box[0], UserError):
+            box[0].told = self.rank != 0
             raise box[0]
         return box[0]
+
+    def each(self, work: Callable[[], T]) -> T:
+        """Runs ``work`` on every rank; a UserError on one is raised on all, and the first such rank prints it."""
+        answer, error = None, None
+        try:
+            answer = work()
+        except UserError as found:
+            error = found
+        errors = self.gather(error)
+        first = next((rank for rank, found in enumerate(errors) if found is not None), None)
+        if first is not None:
+            error = cast(UserError, errors[first])
+            error.told = self.rank != first
+            raise error
+        return cast(T, answer)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, on every rank."""
@@ -84,7 +102,8 @@ def start_world(*, device: str, threads: int, tensor: int = 1) -> Iterator[World
     process ends within seconds (``peers``).
 
     Raises:
-        UserError: there is no GPU, or fewer than ranks on this host; or ranks do not divide by ``tensor``.
+        UserError: there is no GPU, or fewer than ranks on this host; or ranks do not divide by ``tensor``; or a rank
+            does not come.
     """
     size, rank, local = (int(os.environ.get(key, default)) for key, default in _TORCHRUN)
     if size % tensor:
@@ -110,7 +129,7 @@ def start_world(*, device: str, threads: int, tensor: int = 1) -> Iterator[World
     if size == 1:
         yield World(0, 1, place, None, None)
         return
-    store, rank, size = next(iter(rendezvous("env://")))
+    store = _join(rank, size)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         with Peers(store, rank, size):
@@ -130,4 +149,26 @@ def make_mesh(device: str, size: int, tensor: int) -> DeviceMesh:
     return init_device_mesh(device, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
 
 
+def _join(rank: int, size: int) -> Store:
+    """The ranks' store, once all of them are there."""
+    patience = timedelta(seconds=JOIN_SECONDS)
+    seen = None
+    try:
+        store = next(iter(rendezvous("env://", timeout=patience)))[0]
+        seen = PrefixStore("joined", store)
+        seen.set(str(rank), "")
+        seen.wait([str(other) for other in range(size)], patience)
+    except (RuntimeError, ValueError) as error:  # ValueError: one of torchrun's variables is missing
+        absent = [str(other) for other in range(size) if seen is not None and not seen.check([str(other)])]
+        who = f"rank {', '.join(absent)} of {size}" if absent else f"another of the {size} ranks"
+        raise UserError(
+            f"{who} did not come within {JOIN_SECONDS:.0f} s ({str(error).splitlines()[0]})",
+            key="WORLD_SIZE",
+            remedy="start every rank, with the same MASTER_ADDR and MASTER_PORT; torchrun does",
+        ) from None
+    return store
+
+
+#: So long a rank waits for the others before the first step: a cluster starts its containers one by one.
+JOIN_SECONDS = 300.0
 _TORCHRUN = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
