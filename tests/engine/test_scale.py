@@ -87,6 +87,8 @@ def assert_near(found, expected, tolerance=1e-5):
         assert one == pytest.approx(other, rel=tolerance)
     assert found[1] == pytest.approx(expected[1], rel=tolerance)
     for name, shard in expected[2].items():
+        if name.endswith("k_proj.bias"):  # softmax does not see it: its gradient is rounding, which AdamW scales up
+            continue
         difference = (found[2][name].tensor.double() - shard.tensor.double()).norm()
         assert float(difference) <= 20 * tolerance * float(shard.tensor.double().norm()), name
 

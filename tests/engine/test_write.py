@@ -140,3 +140,10 @@ def test_a_file_that_is_no_engine_is_refused_by_name(source, problem, tmp_path):
     with pytest.raises(UserError, match=problem) as caught:
         load_engine(path)
     assert caught.value.file == path
+
+
+def test_muon_is_refused_where_layers_are_split():
+    target = tiny_target(recipe={"optimizer": "muon"}, parallel={"tensor": 2})
+    with pytest.raises(UserError, match="needs whole") as refused:
+        write_engine(target, Plan({"schedule": "production"}))
+    assert refused.value.key == "parallel.tensor"

@@ -107,13 +107,11 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
 
 
 def require_whole_layers(target: Target, plan: Plan) -> None:
-    """Raises UserError when the target wants tensor-parallel layers, which the plan's schedule, or Muon, does not have."""
+    """Raises UserError when the target wants tensor-parallel layers and the plan's schedule, or Muon, has none."""
     if target.parallel.tensor > 1 and target.recipe.optimizer == "muon":
+        value = target.parallel.tensor
         raise UserError(
-            "splits matrices that Muon needs whole",
-            key="parallel.tensor",
-            value=target.parallel.tensor,
-            remedy="set it to 1",
+            "splits matrices that Muon needs whole", key="parallel.tensor", value=value, remedy="set it to 1"
         )
     if target.parallel.tensor > 1 and plan["schedule"] != "production":
         raise UserError(
