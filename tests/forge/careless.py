@@ -12,9 +12,8 @@ from forgetrain.spec.target import parse_target
 class WithoutZeroGrad(transformers.Transformers):
     """Gradients of the step before are left where they are, and the next ones are added to them."""
 
-    def step(self, batch: Any, lr: float) -> Any:
-        self.optimizer.zero_grad = lambda set_to_none=True: None  # type: ignore[method-assign]
-        return super().step(batch, lr)
+    def _forget_gradients(self) -> None:
+        pass
 
 
 def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any = None) -> WithoutZeroGrad:

@@ -56,8 +56,13 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "attention_block": (("32", "16", "64", "128"), "query positions whose scores exist at a time; for blocked"),
     "head_rows": (("512", "256", "1024", "2048"), "tokens whose logits exist at a time"),
 }
-#: The op whose time each of those sizes decides.
-SIZED = {"attention_block": "attention", "head_rows": "cross_entropy"}
+#: The op whose time each of those choices decides.
+SIZED = {
+    "products": "linear",
+    "attention_kernel": "attention",
+    "attention_block": "attention",
+    "head_rows": "cross_entropy",
+}
 
 #: What the production schedule decides for a run on several ranks; on one rank the choices are the same bit for bit.
 #: Sharded comes first for the memory that it was measured to save (docs/scale.md has its time too).

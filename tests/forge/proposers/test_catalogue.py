@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+import pytest
+
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import source_hash, write_engine
 from forgetrain.forge.proposers.base import NoProposal, Proposal
@@ -39,14 +41,21 @@ def test_the_order_is_repeatable():
     assert orders[0] == orders[1]
 
 
-def test_the_sizes_of_the_op_farthest_from_its_roofline_come_first():
-    for worst, key in (("attention", "attention_block"), ("cross_entropy", "head_rows")):
-        catalogue = Catalogue(tiny_target(), Plan.textbook())
-        first = catalogue.propose(brief())
-        assert isinstance(first, Proposal)
-        catalogue.tell(first.source, 1.5)
-        told = replace(brief(), champion=first.source, plan=first.plan, gaps=("linear", worst))
-        following = [catalogue.propose(told) for _ in range(3)]
-        changed = [{k for k, name in p.plan.items() if name != first.plan[k]} for p in following]
-        assert changed == [{key}] * 3
-        assert len({p.plan[key] for p in following}) == 3
+@pytest.mark.parametrize(
+    ("worst", "keys"),
+    [
+        ("attention", ["attention_kernel", "attention_block", "attention_block", "attention_block"]),
+        ("cross_entropy", ["head_rows"] * 3),
+        ("linear", ["products"]),
+    ],
+)
+def test_the_choices_of_the_op_farthest_from_its_roofline_come_first(worst, keys):
+    catalogue = Catalogue(tiny_target(), Plan.textbook().with_choice("attention_kernel", "blocked"))
+    first = catalogue.propose(brief())
+    assert isinstance(first, Proposal)
+    catalogue.tell(first.source, 1.5)
+    told = replace(brief(), champion=first.source, plan=first.plan, gaps=("rope", worst))
+    following = [catalogue.propose(told) for _ in keys]
+    changed = [{k for k, name in p.plan.items() if name != first.plan[k]} for p in following]
+    assert changed == [{key} for key in keys]
+    assert len({p.source for p in following}) == len(keys)
