@@ -123,7 +123,8 @@ def test_a_world_size_that_does_not_divide_the_batch_is_told_once(tmp_path):
     finish(forgetrain(tmp_path, "data", "build", target))
     words = ("train", target, "recipe.micro_batch_size=4")
     _, err = finish(forgetrain(tmp_path, *words, ranks=2), code=1)  # torchrun's own code
-    one_line(err, "recipe.batch_size: does not divide into micro-batches of 4 on 2 ranks (got 4)")
+    said = err.partition("Traceback")[0]  # what follows is torchrun's account of its ranks
+    one_line(said, "recipe.batch_size: does not divide into micro-batches of 4 on 2 ranks (got 4)")
     assert "exitcode  : 2" in err
     assert not (tmp_path / "runs/tiny/checkpoints").exists()
 
@@ -180,4 +181,6 @@ def test_torchrun_restarts_the_ranks_when_one_dies_and_the_weights_are_those_of_
     assert (tmp_path / "died").exists()
     assert "resuming at step 6" in process.stderr
     again = checkpoint.newest(tmp_path / "runs/tiny/checkpoints", pytest.fail).manifest["files"]
-    assert {name: f["sha256"] for name, f in again.items()} == {name: f["sha256"] for name, f in whole.items()}
+    shards = [{name: f["sha256"] for name, f in files.items() if name.endswith(".distcp")} for files in (whole, again)]
+    assert len(shards[0]) == 2
+    assert shards[0] == shards[1]

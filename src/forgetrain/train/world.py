@@ -7,7 +7,10 @@ with start_world(device="cpu", threads=2) as world:
 
 from __future__ import annotations
 
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -150,23 +153,60 @@ def make_mesh(device: str, size: int, tensor: int) -> DeviceMesh:
 
 
 def _join(rank: int, size: int) -> Store:
-    """The ranks' store, once all of them are there."""
-    patience = timedelta(seconds=JOIN_SECONDS)
-    seen = None
+    """A store of the ranks that are there now, once all of them are.
+
+    After a restart torchrun hands out the store of the ranks that died, with all that these left in it. So each rank
+    says who it is this time, rank 0 names the round in which it heard all of them, and keys live under that name.
+    """
+    until, store = time.monotonic() + JOIN_SECONDS, None
     try:
-        store = next(iter(rendezvous("env://", timeout=patience)))[0]
-        seen = PrefixStore("joined", store)
-        seen.set(str(rank), "")
-        seen.wait([str(other) for other in range(size)], patience)
+        store = next(iter(rendezvous("env://", timeout=timedelta(seconds=JOIN_SECONDS))))[0]
+        own = uuid.uuid4().hex
+        store.set(f"here/{rank}", own)
+        while True:
+            store.wait([f"here/{other}" for other in range(size)], _left(until))
+            if rank == 0:
+                store.set("round", ",".join(store.get(f"here/{other}").decode() for other in range(size)))
+            store.wait(["round"], _left(until))
+            present = store.get("round").decode()
+            this_round = PrefixStore(hashlib.sha256(present.encode()).hexdigest(), store)
+            if present.split(",")[rank] != own:  # rank 0 has heard of this rank's earlier life
+                time.sleep(_ROUND / 10)
+            elif _all_answer(this_round, rank, size):
+                return this_round
+            _left(until)
     except (RuntimeError, ValueError) as error:  # ValueError: one of torchrun's variables is missing
-        absent = [str(other) for other in range(size) if seen is not None and not seen.check([str(other)])]
+        absent = [str(other) for other in range(size) if store is not None and not store.check([f"here/{other}"])]
         who = f"rank {', '.join(absent)} of {size}" if absent else f"another of the {size} ranks"
         raise UserError(
             f"{who} did not come within {JOIN_SECONDS:.0f} s ({str(error).splitlines()[0]})",
             key="WORLD_SIZE",
             remedy="start every rank, with the same MASTER_ADDR and MASTER_PORT; torchrun does",
         ) from None
-    return store
+
+
+def _all_answer(store: Store, rank: int, size: int) -> bool:
+    """Whether every rank is in this round: rank 0 sees them all and says so, or there will be another round."""
+    store.set(f"answer/{rank}", "")
+    try:
+        if rank == 0:
+            store.wait([f"answer/{other}" for other in range(size)], timedelta(seconds=_ROUND))
+            store.set("complete", "")
+        store.wait(["complete"], timedelta(seconds=2 * _ROUND))
+    except RuntimeError:
+        return False
+    return True
+
+
+def _left(until: float) -> timedelta:
+    """Time until then. Raises RuntimeError when there is none, as a store does."""
+    seconds = until - time.monotonic()
+    if seconds <= 0:
+        raise RuntimeError("the time is up")
+    return timedelta(seconds=max(seconds, 0.1))
+
+
+_ROUND = 2.0  # seconds that rank 0 waits for answers before it looks again who is there
 
 
 #: So long a rank waits for the others before the first step: a cluster starts its containers one by one.
