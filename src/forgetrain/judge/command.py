@@ -82,8 +82,9 @@ class ShippedCommand:
             time.sleep(_LOOK)
         if process.returncode == 0:
             return None if kill_at is None else "ended before it could be killed"
-        lines = [line for line in printed.text().splitlines() if line.strip()]
-        return f"exit code {process.returncode}; {lines[-1].strip()[:300] if lines else 'it printed nothing'}"
+        lines = [line.strip() for line in printed.text().splitlines() if line.strip()]
+        told = [line for line in lines if line.startswith("forgetrain: ") or "Error: " in line] or lines
+        return f"exit code {process.returncode}; {told[-1][:300] if told else 'it printed nothing'}"
 
     def _over(self, pid: int) -> str | None:
         used, limits = tree.usage(pid), self.box.limits
