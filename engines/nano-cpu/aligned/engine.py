@@ -1,7 +1,7 @@
 """A pre-training engine for nano-cpu, written by ForgeTrain: forward, loss, backward, update.
 
 Aligned with megatron in fp32: torch 2.13.0, device cpu, processor AMD EPYC, capability AVX512, threads 2, ranks 1, megatron-core 0.16.1.
-Golden record 3aaf608f5ed1a6a6596734e6e47fef0aa2d8e7ebc636c6ab8816c1ea331872be.
+Golden record ea0a012f6bef76fbc4959ed6cf8366a39d3aff2cc3feb490b1185cb98db5ab35.
 Its verdicts are kept under this file's SHA-256, in verdicts.json beside it.
 
 Plan:
@@ -108,7 +108,7 @@ def linear_textbook_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, ...]:
 
 
 def rope_tables_fp32_forward(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Angles in fp32 from 1 / theta^(2i/K), as transformers and Megatron form them."""
+    """Angles in fp32 from 1 / theta^(2i/K), formed where the positions are."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[..., None].float() * (1.0 / (theta**exponents))
     angles = torch.cat((angles, angles), dim=-1)
@@ -225,14 +225,15 @@ def accumulate_zeros_forward(total: Tensor | None, grad: Tensor) -> Tensor:
 
 
 def clip_megatron_forward(grads: list[Tensor], clip: float) -> Tensor:
-    """Megatron without Apex or Transformer Engine: the norm squared in fp32, its root and the factor in double."""
-    norms = torch.stack([torch.norm(grad) for grad in grads])
+    """Megatron without Apex or Transformer Engine: the norm of the norms on the host, squared in fp32, its root and the
+    factor in double."""
+    norms = torch.stack([torch.norm(grad) for grad in grads]).cpu()
     norm = (torch.norm(norms) ** 2.0).double() ** 0.5
     factor = clip / (norm + 1.0e-6)
     if factor < 1.0:
         for grad in grads:
             grad.copy_(grad * float(factor))
-    return norm.float()
+    return norm.float().to(grads[0].device)
 
 
 def adamw_torch_forward(

@@ -1,0 +1,971 @@
+"""A pre-training engine for nano-cpu, written by ForgeTrain: forward, loss, backward, update.
+
+Plan:
+    schedule = production
+    products = onednn
+    attention_kernel = native
+    head_rows = 512
+    optimizer_state = sharded
+    rope_tables = fp32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MODEL = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 4096,
+    "rope_theta": 5000000.0,
+    "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "qk_norm": False,
+    "scale_emb": None,
+    "scale_depth": None,
+    "dim_model_base": None,
+}
+DOCUMENTS = "ignore"
+LAYERS, GROUPS, HEADS_PER_GROUP, HEAD_DIM = 7, 2, 8, 32
+HIDDEN, INTERMEDIATE, VOCAB = 256, 768, 4096
+Q_WIDTH, KV_WIDTH = GROUPS * HEADS_PER_GROUP * HEAD_DIM, GROUPS * HEAD_DIM
+EPS, ROPE_THETA, ATTENTION_SCALE = 1e-06, 5000000.0, HEAD_DIM**-0.5
+RESIDUAL_SCALE = 1.0
+HEAD_ROWS = 512  # tokens whose logits exist at a time
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ops. Shapes: T tokens, D hidden, F intermediate, N rows, S positions, G groups, R heads per group, K head_dim.
+
+
+def rope_tables_fp32_forward(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Angles in fp32 from 1 / theta^(2i/K), formed where the positions are."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[..., None].float() * (1.0 / (theta**exponents))
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+@torch.compile(dynamic=False)
+def norm_region(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x_TD -> RMSNorm(x)_TD in x's dtype and the inverse root mean square, fp32 [T, 1]."""
+    wide = x.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * inverse * weight.float()).to(x.dtype), inverse
+
+
+@torch.compile(dynamic=False)
+def residual_norm_region(
+    x: Tensor, branch: Tensor, weight: Tensor, eps: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_TD + scale · branch_TD, rounded, then its RMSNorm: -> (sum_TD, normed_TD, inverse fp32 [T, 1])."""
+    total = (x.float() + branch.float() * scale).to(x.dtype)
+    wide = total.float()
+    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return total, (wide * inverse * weight.float()).to(x.dtype), inverse
+
+
+@torch.compile(dynamic=False)
+def norm_backward_region(
+    x: Tensor, inverse: Tensor, weight: Tensor, d_out: Tensor, d_residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient through a norm of x_TD plus the one that passes it by: -> (d_x_TD, d_weight_D fp32)."""
+    normed, d_wide = x.float() * inverse, d_out.float()
+    d_normed = d_wide * weight.float()
+    d_x = d_residual.float() + inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
+    return d_x.to(x.dtype), (d_wide * normed).sum(0)
+
+
+@torch.compile(dynamic=False)
+def transposed_region(x: Tensor) -> Tensor:
+    """x_TD -> x_DT."""
+    return x.t().contiguous()
+
+
+@torch.compile(dynamic=False)
+def swiglu_region(gate_up: Tensor) -> Tensor:
+    """[gate, up]_T2F -> silu(gate) · up, [T, F]."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+
+
+@torch.compile(dynamic=False)
+def swiglu_backward_region(gate_up: Tensor, d_out: Tensor) -> Tensor:
+    """-> [d_gate, d_up]_T2F."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    sigmoid, d_wide = torch.sigmoid(gate), d_out.float()
+    d_gate, d_up = d_wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), d_wide * gate * sigmoid
+    # rounded before they are joined: the other way about, the compiler writes and reads an fp32 tensor between
+    return torch.cat((d_gate.to(gate_up.dtype), d_up.to(gate_up.dtype)), dim=-1)
+
+
+@torch.compile(dynamic=False)
+def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> Tensor:
+    """Cross-entropy of logits_TV, which its gradient then replaces: -> nll_T fp32."""
+    wide = logits.float()
+    log_sum = torch.logsumexp(wide, dim=-1)
+    nll = log_sum - wide.gather(1, labels[:, None])[:, 0]
+    onehot = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
+    logits.copy_((torch.exp(wide - log_sum[:, None]) - onehot.float()) * d_nll[:, None])
+    return nll
+
+
+@torch.compile(dynamic=False)
+def adamw_region(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    rounded: Tensor | None,
+    factor: Tensor,
+    rates: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """AdamW (arXiv 1711.05101) with clipping's factor, in place over flat fp32 buffers, in one pass; ``rounded``
+    receives the new weights in the dtype that products read. rates: fp32 [3], since they change from step to step:
+    lr / (1 - beta1^t), sqrt(1 - beta2^t) and 1 - lr · decay."""
+    grad = g * factor
+    m_new = m + (grad - m) * (1 - beta1)
+    v_new = v * beta2 + grad * grad * (1 - beta2)
+    p_new = p * rates[2] - rates[0] * m_new / (v_new.sqrt() / rates[1] + eps)
+    m.copy_(m_new)
+    v.copy_(v_new)
+    p.copy_(p_new)
+    if rounded is not None:
+        rounded.copy_(p_new)
+
+
+def norm_blocked(flat: Tensor, block: int = 4096) -> Tensor:
+    """‖flat‖₂ as the norm of its blocks' norms, fp32 []: one fp32 sum over 10⁷ numbers would lose digits."""
+    whole = flat.numel() // block * block
+    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, block), dim=1)
+    rest = torch.linalg.vector_norm(flat[whole:])
+    return torch.linalg.vector_norm(torch.cat((blocks, rest[None])))
+
+
+def compiled_attention(
+    source: str, groups: int, heads_per_group: int, head_dim: int, scale: float, dtype: torch.dtype
+) -> Callable:
+    """The kernel for these sizes, built on the first call in an environment: two seconds."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache  # takes a second, so not before it is needed
+
+    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
+    pairs = int(dtype == torch.bfloat16 and head_dim % 16 == 0 and heads_per_group % 2 == 0)
+    sizes = f"constexpr int G = {groups}, R = {heads_per_group}, K = {head_dim};\nconstexpr float SCALE = {scale!r};"
+    head = f"#include <cstdint>\n#define PAIRS {pairs}\n{sizes}\ntypedef {number} Number;\n"
+    given = [f"const {number}*", "const float*", "const float*", "const int64_t*"]
+    forward, backward = [f"{number}*", "float*"], [f"const {number}*", f"{number}*"]
+    arguments = [*given, *forward, *backward, "int64_t", "int64_t", "int64_t"]
+    return CppPythonBindingsCodeCache.load_pybinding(arguments, head + source)
+
+
+def attention_native_forward(
+    kernel: Callable, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, s: int, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of qkv, [T, columns of Q, K and V], in rows of ``s`` positions, Q and K turned on the way.
+    cos and sin: fp32 [T, K], contiguous; first: int64 [T], the first key of its row that each position sees.
+    -> (context [T, heads · K], the logarithms of the sums of exponentials, fp32 [T, heads])."""
+    context, log_sum = qkv.new_empty(qkv.shape[0], heads * cos.shape[-1]), cos.new_empty(qkv.shape[0], heads)
+    kernel(qkv, cos, sin, first, context, log_sum, context, context, qkv.shape[0] // s, s, 0)
+    return context, log_sum
+
+
+def attention_native_backward(
+    kernel: Callable, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, context: Tensor, log_sum: Tensor,
+    d_context: Tensor, s: int,
+) -> Tensor:  # fmt: skip
+    """-> the gradient of qkv."""
+    d_qkv = torch.empty_like(qkv)
+    kernel(qkv, cos, sin, first, context, log_sum, d_context, d_qkv, qkv.shape[0] // s, s, 1)
+    return d_qkv
+
+
+def product_onednn(a: Tensor, b: Tensor) -> Tensor:
+    """The same; ``a`` must be contiguous lest it be copied, ``b`` may be a transposed view."""
+    if a.is_cpu and a.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return torch.mm(a, b.t())
+
+
+def weight_gradient_torch(grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
+    """d_out_TOᵀ · x_TI into grad_OI, fp32: in place of what is there, or added to it."""
+    if d_out.dtype == torch.float32:
+        grad.addmm_(d_out.t(), x, beta=0.0 if replace else 1.0)
+    elif replace:
+        grad.copy_(torch.mm(d_out.t(), x))
+    else:
+        grad.add_(torch.mm(d_out.t(), x))
+
+
+def weight_gradient_onednn(grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
+    """The same. oneDNN wants its first matrix contiguous, so the narrower of the two is transposed beforehand."""
+    if not (d_out.is_cpu and d_out.dtype == torch.float32):
+        return weight_gradient_torch(grad, d_out, x, replace)
+    if d_out.shape[1] <= x.shape[1]:
+        found = product_onednn(transposed_region(d_out), x.t())
+    else:
+        found = product_onednn(transposed_region(x), d_out.t()).t()
+    if replace:
+        grad.copy_(found)
+    else:
+        grad.add_(found)
+    return None
+
+
+ATTENTION_SOURCE = r"""
+// Causal attention with grouped queries on a CPU: R query heads share a key head, so the R rows of one position meet the
+// same keys and form one small product. Scores never leave the caches; the backward pass forms them again from the
+// logarithm of their sum (FlashAttention-2, arXiv 2307.08691). Sums are fp32. bf16 numbers are multiplied in pairs where
+// the processor can (AVX-512-BF16), for which probabilities and their gradients are rounded to bf16; else in fp32.
+//
+// The engine's file defines G key heads a token, R query heads of each, K numbers a head, SCALE of the scores, Number, and
+// whether these sizes allow for pairs (PAIRS) before this text. Columns of qkv are [Q, K, V]; RoPE turns Q and K on the way in and their
+// gradients on the way out, by the cosines and sines of [positions, K], the same in both halves. first[position] is the
+// first key that a position sees.
+#pragma GCC optimize("fp-contract=fast")
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if PAIRS && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define PAIRED
+#endif
+
+constexpr int W = K % 16 == 0 ? 16 : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
+constexpr int TILE = 2 * W, C = K / W, Q_WIDTH = G * R * K, STRIDE = Q_WIDTH + 2 * G * K;
+constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed apart, for the digits' sake
+typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+static inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+static inline void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
+static inline Lanes wide(const float* p) { return load(p); }
+static inline Lanes wide(const uint16_t* p) {
+    return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Whole) << 16);
+}
+static inline void narrow(Lanes x, float* p) { store(p, x); }
+static inline void narrow(Lanes x, uint16_t* p) {
+    Whole bits = (Whole)x;
+    Whole even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x == x ? even : Whole{} + 0x7fc0, Halves);
+}
+
+// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2.
+static inline Lanes exponential(Lanes x) {
+    x = x < -87.0f ? Lanes{} - 87.0f : x;
+    Lanes n = __builtin_convertvector(__builtin_convertvector(x * 1.44269504f - 0.5f, Whole), Lanes);
+    Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Whole bits = (__builtin_convertvector(n, Whole) + 127) << 23;
+    return p * reinterpret_cast<Lanes&>(bits);
+}
+
+static const Whole COUNT = [] { Whole x; for (int l = 0; l < W; l++) x[l] = l; return x; }();
+
+// Which of the keys from j on a position sees: all bits of a lane, or none.
+static inline Whole seen(int64_t j, int64_t from, int64_t position) {
+    Whole key = COUNT + int32_t(j);
+    return (key >= int32_t(from)) & (key <= int32_t(position));
+}
+
+static inline void rows_of(const Number* x, int64_t count, int64_t stride, float* out) {
+    for (int64_t i = 0; i < count; i++) for (int c = 0; c < C; c++) store(out + i * K + c * W, wide(x + i * stride + c * W));
+}
+
+// A head x_K turned by the angles of one position, times scale; sign -1 turns back.
+static inline void rope(float* __restrict x, const float* __restrict cos, const float* __restrict sin, float sign,
+                        float scale) {
+    for (int d = 0; d < K / 2; d++) {
+        float a = x[d], b = x[d + K / 2], c = cos[d] * scale, w = sin[d] * sign * scale;
+        x[d] = a * c - b * w;
+        x[d + K / 2] = b * c + a * w;
+    }
+}
+
+static inline void narrow_rows(const float* x, int64_t count, Number* out) {
+    for (int64_t i = 0; i < count * K; i += W) narrow(load(x + i), out + i);
+}
+
+#ifdef PAIRED
+typedef uint32_t Cell;  // two bf16, which one instruction multiplies and adds
+constexpr int PER = 2;
+
+static inline Lanes times(Lanes sum, Cell a, __m512i b) {
+    return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int32_t(a)), (__m512bh)b);
+}
+static inline __m512i rounded(const float* low, const float* high) {
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)load(high), (__m512)load(low));
+}
+static inline __m512i braided(const float* low, const float* high) {  // the cells of two rows
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, rounded(low, high));
+}
+#else
+typedef float Cell;
+constexpr int PER = 1;
+#endif
+typedef std::vector<Cell> Cells;
+
+// x_K, an even count of rows, as cells: of neighbours in a row.
+static inline void along(const float* x, int64_t count, Cell* out) {
+#ifdef PAIRED
+    for (int64_t i = 0; i < count * K; i += 2 * W) _mm512_storeu_si512(out + i / 2, rounded(x + i, x + i + W));
+#else
+    std::copy_n(x, count * K, out);
+#endif
+}
+
+// ... of neighbours in a column.
+static inline void down(const float* x, int64_t count, Cell* out) {
+#ifdef PAIRED
+    for (int64_t i = 0; i < count; i += 2)
+        for (int d = 0; d < K; d += W)
+            _mm512_storeu_si512(out + i / 2 * K + d, braided(x + i * K + d, x + (i + 1) * K + d));
+#else
+    std::copy_n(x, count * K, out);
+#endif
+}
+
+// ... of neighbours in a row, transposed to [K / PER, width].
+static void turned(const float* x, int64_t count, int64_t width, Cell* out) {
+    Cells flat((count + 1) * K / PER);
+    along(x, count + count % PER, flat.data());
+    for (int d = 0; d < K / PER; d++)
+        for (int64_t j = 0; j < width; j++) out[d * width + j] = j < count ? flat[j * (K / PER) + d] : Cell{};
+}
+
+// R rows of a (along) · the columns j to j + TILE of bt (turned).
+static inline void tile(const Cell* a, const Cell* bt, int64_t width, Lanes (&out)[R][2]) {
+    for (int r = 0; r < R; r++) out[r][0] = out[r][1] = Lanes{};
+    for (int d = 0; d < K / PER; d++)
+        for (int h = 0; h < 2; h++) {
+#ifdef PAIRED
+            __m512i x = _mm512_loadu_si512(bt + d * width + h * W);
+            for (int r = 0; r < R; r++) out[r][h] = times(out[r][h], a[r * (K / 2) + d], x);
+#else
+            Lanes x = load(bt + d * width + h * W);
+            for (int r = 0; r < R; r++) out[r][h] += a[r * K + d] * x;
+#endif
+        }
+}
+
+// R rows of p · the rows [from, to) of b_K (down). Outside of that range p is zero up to whole tiles.
+static inline void gather(const float* p, int64_t width, const Cell* b, int64_t from, int64_t to, Cell* scratch,
+                          Lanes (&out)[R][C]) {
+    for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) out[r][c] = Lanes{};
+#ifdef PAIRED
+    for (int r = 0; r < R; r++)
+        for (int64_t j = from / TILE * TILE; j < to; j += TILE)
+            _mm512_storeu_si512(scratch + (r * width + j) / 2, rounded(p + r * width + j, p + r * width + j + W));
+    for (int64_t j = from / 2; j < (to + 1) / 2; j++)
+        for (int c = 0; c < C; c++) {
+            __m512i x = _mm512_loadu_si512(b + j * K + c * W);
+            for (int r = 0; r < R; r++) out[r][c] = times(out[r][c], scratch[r * width / 2 + j], x);
+        }
+#else
+    for (int64_t j = from; j < to; j++)
+        for (int c = 0; c < C; c++) {
+            Lanes x = load(b + j * K + c * W);
+            for (int r = 0; r < R; r++) out[r][c] += p[r * width + j] * x;
+        }
+#endif
+}
+
+// The rows [from, to) of sum_K += pᵀ · a, R rows (down).
+static inline void scatter(const float* p, int64_t width, const Cell* a, int64_t from, int64_t to, Cell* scratch,
+                           float* sum) {
+#ifdef PAIRED
+    for (int r = 0; r < R; r += 2)
+        for (int64_t j = from / W * W; j < to; j += W)
+            _mm512_storeu_si512(scratch + r / 2 * width + j, braided(p + r * width + j, p + (r + 1) * width + j));
+    const Cell* weights = scratch;
+    __m512i rows[R / 2][C];
+    for (int r = 0; r < R / 2; r++) for (int c = 0; c < C; c++) rows[r][c] = _mm512_loadu_si512(a + r * K + c * W);
+#else
+    const Cell* weights = p;
+    Lanes rows[R][C];
+    for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) rows[r][c] = load(a + r * K + c * W);
+#endif
+    for (int64_t j = from; j < to; j++)
+        for (int c = 0; c < C; c++) {
+            Lanes x = load(sum + j * K + c * W);
+            for (int r = 0; r < R / PER; r++)
+#ifdef PAIRED
+                x = times(x, weights[r * width + j], rows[r][c]);
+#else
+                x += weights[r * width + j] * rows[r][c];
+#endif
+            store(sum + j * K + c * W, x);
+        }
+}
+
+static void forward(const Number* qkv, const float* cos, const float* sin, const int64_t* first, Number* out,
+                    float* log_sum, int64_t n, int64_t s) {
+    int64_t width = (s + TILE - 1) / TILE * TILE;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t task = 0; task < n * G; task++) {
+        int64_t row = task / G, g = task % G;
+        const Number* base = qkv + row * s * STRIDE;
+        std::vector<float> k((s + 1) * K), v((s + 1) * K), p(R * width);  // a row more: pairs need an even count
+        Cells kt(K * width / PER), v_rows((s + 1) * K), q_row(R * K), scratch(R * width);
+        rows_of(base + Q_WIDTH + g * K, s, STRIDE, k.data());
+        rows_of(base + Q_WIDTH + (G + g) * K, s, STRIDE, v.data());
+        for (int64_t i = 0; i < s; i++) rope(&k[i * K], cos + (row * s + i) * K, sin + (row * s + i) * K, 1, 1);
+        turned(k.data(), s, width, kt.data());
+        down(v.data(), s + s % PER, v_rows.data());
+        for (int64_t i = 0; i < s; i++) {
+            float q[R * K];
+            rows_of(base + i * STRIDE + g * R * K, R, K, q);
+            for (int r = 0; r < R; r++) rope(q + r * K, cos + (row * s + i) * K, sin + (row * s + i) * K, 1, SCALE);
+            along(q, R, q_row.data());
+            int64_t from = first[row * s + i], start = from / TILE * TILE, end = i / TILE * TILE + TILE;
+            Lanes most[R], total[R];
+            for (int r = 0; r < R; r++) most[r] = Lanes{} - INFINITY;
+            for (int64_t j = start; j < end; j += TILE) {
+                Lanes t[R][2];
+                tile(q_row.data(), kt.data() + j, width, t);
+                for (int h = 0; h < 2; h++) {
+                    Whole open = seen(j + h * W, from, i);
+                    for (int r = 0; r < R; r++) {
+                        t[r][h] = open ? t[r][h] : Lanes{} - INFINITY;
+                        most[r] = most[r] > t[r][h] ? most[r] : t[r][h];
+                        store(p.data() + r * width + j + h * W, t[r][h]);
+                    }
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                float top = most[r][0];
+                for (int l = 1; l < W; l++) top = std::max(top, most[r][l]);
+                total[r] = Lanes{};
+                for (int64_t j = start; j < end; j += W) {
+                    Lanes s0 = load(p.data() + r * width + j);
+                    Lanes e = s0 == -INFINITY ? Lanes{} : exponential(s0 - top);
+                    total[r] += e;
+                    store(p.data() + r * width + j, e);
+                }
+                float sum = 0;
+                for (int l = 0; l < W; l++) sum += total[r][l];
+                total[r] = Lanes{} + 1.0f / sum;
+                log_sum[((row * s + i) * G + g) * R + r] = top + std::log(sum);
+            }
+            Lanes o[R][C];
+            gather(p.data(), width, v_rows.data(), from, i + 1, scratch.data(), o);
+            float context[R * K];
+            for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(context + r * K + c * W, o[r][c] * total[r]);
+            narrow_rows(context, R, out + (row * s + i) * Q_WIDTH + g * R * K);
+        }
+    }
+}
+
+static void backward(const Number* qkv, const float* cos, const float* sin, const int64_t* first, const Number* out,
+                     const float* log_sum, const Number* d_out, Number* d_qkv, int64_t n, int64_t s) {
+    int64_t width = (s + TILE - 1) / TILE * TILE;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t task = 0; task < n * G; task++) {
+        int64_t row = task / G, g = task % G;
+        const Number* base = qkv + row * s * STRIDE;
+        std::vector<float> k((s + 1) * K), v((s + 1) * K), p(R * width), ds(R * width);
+        Cells kt(K * width / PER), vt(K * width / PER), k_rows((s + 1) * K), scratch(R * width);
+        Cells q_row(R * K), q_down(R * K), go_row(R * K), go_down(R * K);
+        std::vector<float> dk(s * K), dv(s * K), dk_part(s * K), dv_part(s * K);
+        rows_of(base + Q_WIDTH + g * K, s, STRIDE, k.data());
+        rows_of(base + Q_WIDTH + (G + g) * K, s, STRIDE, v.data());
+        for (int64_t i = 0; i < s; i++) rope(&k[i * K], cos + (row * s + i) * K, sin + (row * s + i) * K, 1, 1);
+        turned(k.data(), s, width, kt.data());
+        turned(v.data(), s, width, vt.data());
+        down(k.data(), s + s % PER, k_rows.data());
+        for (int64_t i = 0; i < s; i++) {
+            float q[R * K], o[R * K], go[R * K], delta[R];
+            int64_t at = (row * s + i) * Q_WIDTH + g * R * K;
+            rows_of(base + i * STRIDE + g * R * K, R, K, q);
+            rows_of(out + at, R, K, o);
+            rows_of(d_out + at, R, K, go);
+            for (int r = 0; r < R; r++) rope(q + r * K, cos + (row * s + i) * K, sin + (row * s + i) * K, 1, SCALE);
+            along(q, R, q_row.data()), down(q, R, q_down.data());
+            along(go, R, go_row.data()), down(go, R, go_down.data());
+            for (int r = 0; r < R; r++) {
+                Lanes x{};
+                for (int c = 0; c < C; c++) x += load(o + r * K + c * W) * load(go + r * K + c * W);
+                delta[r] = 0;
+                for (int l = 0; l < W; l++) delta[r] += x[l];
+            }
+            const float* lse = log_sum + ((row * s + i) * G + g) * R;
+            int64_t from = first[row * s + i], end = i / TILE * TILE + TILE;
+            for (int64_t j = from / TILE * TILE; j < end; j += TILE) {
+                Lanes t[R][2];
+                tile(q_row.data(), kt.data() + j, width, t);
+                for (int h = 0; h < 2; h++) {
+                    Whole open = seen(j + h * W, from, i);
+                    for (int r = 0; r < R; r++)
+                        store(p.data() + r * width + j + h * W, open ? exponential(t[r][h] - lse[r]) : Lanes{});
+                }
+                tile(go_row.data(), vt.data() + j, width, t);
+                for (int h = 0; h < 2; h++)
+                    for (int r = 0; r < R; r++) {
+                        int64_t to = r * width + j + h * W;
+                        store(ds.data() + to, load(p.data() + to) * (t[r][h] - delta[r]));
+                    }
+            }
+            Lanes dq[R][C];
+            gather(ds.data(), width, k_rows.data(), from, i + 1, scratch.data(), dq);
+            float back[R * K];
+            for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) store(back + r * K + c * W, dq[r][c]);
+            for (int r = 0; r < R; r++) rope(back + r * K, cos + (row * s + i) * K, sin + (row * s + i) * K, -1, SCALE);
+            narrow_rows(back, R, d_qkv + (row * s + i) * STRIDE + g * R * K);
+            scatter(p.data(), width, go_down.data(), from, i + 1, scratch.data(), dv_part.data());
+            scatter(ds.data(), width, q_down.data(), from, i + 1, scratch.data(), dk_part.data());
+            if ((i + 1) % SPAN == 0 || i + 1 == s)
+                for (int64_t x = 0; x < (i + 1) * K; x += W) {
+                    store(&dk[x], load(&dk[x]) + load(&dk_part[x])), store(&dk_part[x], Lanes{});
+                    store(&dv[x], load(&dv[x]) + load(&dv_part[x])), store(&dv_part[x], Lanes{});
+                }
+        }
+        for (int64_t i = 0; i < s; i++) {
+            Number* to = d_qkv + (row * s + i) * STRIDE + Q_WIDTH + g * K;
+            rope(&dk[i * K], cos + (row * s + i) * K, sin + (row * s + i) * K, -1, 1);
+            narrow_rows(&dk[i * K], 1, to);
+            narrow_rows(&dv[i * K], 1, to + G * K);
+        }
+    }
+}
+
+extern "C" void kernel(const Number* qkv, const float* cos, const float* sin, const int64_t* first, Number* out,
+                       float* log_sum, const Number* d_out, Number* d_qkv, int64_t n, int64_t s, int64_t back) {
+    if (back) backward(qkv, cos, sin, first, out, log_sum, d_out, d_qkv, n, s);
+    else forward(qkv, cos, sin, first, out, log_sum, n, s);
+}
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights: one flat buffer each for weights and gradients; matrices, which decay, lie before vectors.
+# Each rank keeps the masters and moments of one part of it alone, whole rows of whole matrices but at its edges.
+
+
+def stored_shapes() -> dict[str, tuple[int, ...]]:
+    """Name → shape of the tensors that this engine keeps, in the order of the flat buffers."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        shapes[layer + "self_attn.qkv_proj.weight"] = (Q_WIDTH + 2 * KV_WIDTH, HIDDEN)
+        shapes[layer + "self_attn.o_proj.weight"] = (HIDDEN, Q_WIDTH)
+        shapes[layer + "mlp.gate_up_proj.weight"] = (2 * INTERMEDIATE, HIDDEN)
+        shapes[layer + "mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+    shapes["lm_head.weight"] = (VOCAB, HIDDEN)
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        shapes[layer + "input_layernorm.weight"] = (HIDDEN,)
+        shapes[layer + "post_attention_layernorm.weight"] = (HIDDEN,)
+    shapes["model.norm.weight"] = (HIDDEN,)
+    return shapes
+
+
+def canonical_views(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors under canonical names, as views."""
+    views = {}
+    for name, tensor in stored.items():
+        if ".qkv_proj." in name:
+            for part, rows in zip("qkv", tensor.split([Q_WIDTH, KV_WIDTH, KV_WIDTH]), strict=True):
+                views[name.replace(".qkv_proj.", f".{part}_proj.")] = rows
+        elif ".gate_up_proj." in name:
+            for part, rows in zip(("gate", "up"), tensor.split(INTERMEDIATE), strict=True):
+                views[name.replace(".gate_up_proj.", f".{part}_proj.")] = rows
+        else:
+            views[name] = tensor
+    return views
+
+
+class Flat:
+    """A flat buffer and its stored tensors as views."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        shapes = stored_shapes()
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        self.flat = torch.zeros(sum(sizes), device=device, dtype=dtype)
+        parts = self.flat.split(sizes)
+        self.stored = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        self.decayed = sum(size for size, shape in zip(sizes, shapes.values(), strict=True) if len(shape) > 1)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[name]
+
+
+def buckets() -> dict[str, tuple[int, int]]:
+    """What is sent at a time, in the order of the flat buffers: the embedding, each layer's matrices, the head, and all
+    vectors → where it begins and ends."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, tensor in Flat("meta", torch.float32).stored.items():
+        bucket = "vectors" if tensor.dim() == 1 else ".".join(name.split(".")[: 3 if ".layers." in name else -1])
+        start = tensor.storage_offset()
+        found[bucket] = (found.get(bucket, (start, 0))[0], start + tensor.numel())
+    return found
+
+
+def part_bounds(ranks: int) -> list[int]:
+    """Where each rank's part of the flat buffers begins, and the end: even parts, but no row is cut."""
+    layout = Flat("meta", torch.float32)
+    bounds = [rank * layout.flat.numel() // ranks for rank in range(ranks + 1)]
+    for tensor in layout.stored.values():
+        start, width = tensor.storage_offset(), tensor[0].numel()
+        end = start + tensor.numel()
+        bounds = [at - (at - start) % width if start <= at < end else at for at in bounds]
+    return bounds
+
+
+class Place(NamedTuple):
+    """What a rank keeps of a parameter: ``part`` of its flat states, and where that lies in the whole parameter."""
+
+    part: slice
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def places(start: int, end: int) -> dict[str, Place]:
+    """Canonical name → the rows of it that lie between ``start`` and ``end`` of the flat buffers, if any."""
+    found = {}
+    for name, view in canonical_views(Flat("meta", torch.float32).stored).items():
+        offset, width, rows = view.storage_offset(), view[0].numel(), view.shape[0]
+        first, last = (min(max(at - offset, 0) // width, rows) for at in (start, end))
+        if first < last:
+            begin = offset + first * width - start
+            part, other = slice(begin, begin + (last - first) * width), tuple(view.shape[1:])
+            found[name] = Place(part, (last - first, *other), tuple(view.shape), (first,) + (0,) * len(other))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine.
+
+
+class StepResult(NamedTuple):
+    loss: Tensor
+    grad_norm: Tensor
+    applied: Tensor
+
+
+class Shard(NamedTuple):
+    tensor: Tensor
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+class MicroBatch(NamedTuple):
+    tokens: Tensor  # int64 [N, S]
+    labels: Tensor  # int64 [T]
+    mask: Tensor  # float32 [T]
+    cos: Tensor  # float32 [N, S, K]
+    sin: Tensor
+    first: Tensor  # int64 [T], the first key of its row that a position sees
+
+
+class Kept(NamedTuple):
+    """What a layer's backward pass reads."""
+
+    x: Tensor  # the layer's input, [T, D]
+    normed1: Tensor
+    inverse1: Tensor
+    rows: Tensor  # [T, columns of Q, K and V]
+    log_sum: Tensor  # fp32 [T, heads]
+    context: Tensor  # [T, Q_WIDTH]
+    middle: Tensor  # after attention's residual, [T, D]
+    normed2: Tensor
+    inverse2: Tensor
+    gate_up: Tensor
+    activated: Tensor
+
+
+class Engine:
+    def __init__(self, recipe: Mapping[str, Any], device: str, dtype: torch.dtype, group: Any) -> None:
+        self.recipe, self.device, self.dtype, self.group = recipe, device, dtype, group
+        self.attention = compiled_attention(ATTENTION_SOURCE, GROUPS, HEADS_PER_GROUP, HEAD_DIM, ATTENTION_SCALE, dtype)
+        self.weight, self.grad = Flat(device, dtype), Flat(device, torch.float32)
+        self.bounds = part_bounds(1 if group is None else dist.get_world_size(group))
+        rank = 0 if group is None else dist.get_rank(group)
+        self.start, self.end = self.bounds[rank], self.bounds[rank + 1]
+        own = self.weight.flat[self.start : self.end]
+        self.master = own if dtype == torch.float32 else torch.zeros_like(own, dtype=torch.float32)
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.master), torch.zeros_like(self.master)
+        self.places, self.buckets = places(self.start, self.end), buckets()
+        self.sent: list[dist.Work] = []  # gradients on their way
+        self.coming: dict[str, list[dist.Work]] = {}  # weights on their way, by bucket
+        self.updates = 0
+        # Whether the micro-batch is the step's first, whose gradients replace what was there; or its last, after whose
+        # backward pass they are whole.
+        self.first = self.last = True
+
+    # Forward.
+
+    def trunk(self, micro: MicroBatch) -> tuple[Tensor, Tensor, Tensor, list[Kept]]:
+        """The last residual stream, its norm and the norm's inverse, and what the layers kept."""
+        w, kept = self.weight, []
+        self.arrive("model.embed_tokens", "vectors")
+        x = w["model.embed_tokens.weight"].index_select(0, micro.tokens.reshape(-1))
+        h, inverse = norm_region(x, w["model.layers.0.input_layernorm.weight"], EPS)
+        for i in range(LAYERS):
+            self.arrive(f"model.layers.{i}")
+            following = f"model.layers.{i + 1}.input_layernorm.weight" if i + 1 < LAYERS else "model.norm.weight"
+            x, h, inverse, layer = self.layer(f"model.layers.{i}.", x, h, inverse, w[following], micro)
+            kept.append(layer)
+        return x, h, inverse, kept
+
+    def layer(
+        self, layer: str, x: Tensor, h: Tensor, inverse: Tensor, following: Tensor, micro: MicroBatch
+    ) -> tuple[Tensor, Tensor, Tensor, Kept]:
+        """From the normed input to the residual stream after the layer and the norm that follows it."""
+        w, (n, s) = self.weight, micro.tokens.shape
+        attn, mlp = layer + "self_attn.", layer + "mlp."
+        qkv = product_onednn(h, w[attn + "qkv_proj.weight"])
+        rows = qkv
+        context, log_sum = attention_native_forward(
+            self.attention, rows, micro.cos, micro.sin, micro.first, s, GROUPS * HEADS_PER_GROUP
+        )
+        branch = product_onednn(context, w[attn + "o_proj.weight"])
+        middle, normed2, inverse2 = residual_norm_region(
+            x, branch, w[layer + "post_attention_layernorm.weight"], EPS, RESIDUAL_SCALE
+        )
+        gate_up = product_onednn(normed2, w[mlp + "gate_up_proj.weight"])
+        activated = swiglu_region(gate_up)
+        branch = product_onednn(activated, w[mlp + "down_proj.weight"])
+        after, normed, following_inverse = residual_norm_region(middle, branch, following, EPS, RESIDUAL_SCALE)
+        kept = Kept(x, h, inverse, rows, log_sum, context, middle, normed2, inverse2, gate_up, activated)
+        return after, normed, following_inverse, kept
+
+    def heads(self, qkv: Tensor, n: int, s: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns [Q, K, V] of a product as heads: q [N, S, G, R, K], k and v [N, S, G, K]."""
+        q, k, v = qkv.view(n, s, -1).split([Q_WIDTH, KV_WIDTH, KV_WIDTH], dim=-1)
+        q = q.view(n, s, GROUPS, HEADS_PER_GROUP, HEAD_DIM)
+        return q, k.view(n, s, GROUPS, HEAD_DIM), v.view(n, s, GROUPS, HEAD_DIM)
+
+    def head(self, h: Tensor, micro: MicroBatch, denominator: Tensor, train: bool) -> tuple[Tensor, Tensor]:
+        """The micro-batch's share of the loss and, when training, the gradient of h; logits exist in slices alone."""
+        self.arrive("lm_head")
+        weight = self.weight["lm_head.weight"]
+        d_nll, d_h, nll = micro.mask / denominator, torch.empty_like(h), torch.empty_like(micro.mask)
+        for start in range(0, h.shape[0], HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            logits = product_onednn(h[part], weight)
+            nll[part] = entropy_region(logits, micro.labels[part], d_nll[part])  # logits: their gradient from here
+            if train:
+                d_h[part] = product_onednn(logits, weight.t())
+                self.add_product("lm_head.weight", logits, h[part], replace=self.first and start == 0)
+        return (nll * micro.mask).sum() / denominator, d_h
+
+    # Backward: gradients go into the flat buffer as they come.
+
+    def add_product(self, name: str, d_out: Tensor, x: Tensor, replace: bool | None = None) -> None:
+        """grad ← d_outᵀ x, or grad ← grad + d_outᵀ x after the first micro-batch."""
+        replace = self.first if replace is None else replace
+        weight_gradient_onednn(self.grad[name], d_out, x, replace)
+
+    def add(self, name: str, d_weight: Tensor) -> None:
+        if self.first:
+            self.grad[name].copy_(d_weight)
+        else:
+            self.grad[name].add_(d_weight)
+
+    def micro_step(self, micro: MicroBatch, denominator: Tensor) -> Tensor:
+        """Forward and backward of one micro-batch; returns its share of the loss."""
+        w = self.weight
+        x, h, inverse, kept = self.trunk(micro)
+        loss, d_h = self.head(h, micro, denominator, train=True)
+        self.send("lm_head")
+        dx, d_weight = norm_backward_region(x, inverse, w["model.norm.weight"], d_h, torch.zeros_like(d_h))
+        self.add("model.norm.weight", d_weight)
+        for i in reversed(range(LAYERS)):
+            dx = self.layer_backward(f"model.layers.{i}.", dx, kept.pop(), micro)
+            self.send(f"model.layers.{i}")
+        self.send("vectors")
+        embedding = self.grad["model.embed_tokens.weight"]
+        if self.first:
+            embedding.zero_()
+        embedding.index_add_(0, micro.tokens.reshape(-1), dx.float())
+        self.send("model.embed_tokens")
+        return loss
+
+    def layer_backward(self, layer: str, dx: Tensor, kept: Kept, micro: MicroBatch) -> Tensor:
+        w, (n, s) = self.weight, micro.tokens.shape
+        attn, mlp = layer + "self_attn.", layer + "mlp."
+        d_branch = dx
+        self.add_product(mlp + "down_proj.weight", d_branch, kept.activated)
+        d_gate_up = swiglu_backward_region(kept.gate_up, product_onednn(d_branch, w[mlp + "down_proj.weight"].t()))
+        self.add_product(mlp + "gate_up_proj.weight", d_gate_up, kept.normed2)
+        d_normed = product_onednn(d_gate_up, w[mlp + "gate_up_proj.weight"].t())
+        name = layer + "post_attention_layernorm.weight"
+        dx, d_weight = norm_backward_region(kept.middle, kept.inverse2, w[name], d_normed, dx)
+        self.add(name, d_weight)
+        d_branch = dx
+        self.add_product(attn + "o_proj.weight", d_branch, kept.context)
+        d_context = product_onednn(d_branch, w[attn + "o_proj.weight"].t())
+        d_qkv = attention_native_backward(
+            self.attention, kept.rows, micro.cos, micro.sin, micro.first, kept.context, kept.log_sum, d_context, s
+        )
+        self.add_product(attn + "qkv_proj.weight", d_qkv, kept.normed1)
+        d_normed = product_onednn(d_qkv, w[attn + "qkv_proj.weight"].t())
+        name = layer + "input_layernorm.weight"
+        dx, d_weight = norm_backward_region(kept.x, kept.inverse1, w[name], d_normed, dx)
+        self.add(name, d_weight)
+        return dx
+
+    # Between ranks. What is begun here goes on beside the computation; every rank begins it in the same order.
+
+    def send(self, bucket: str) -> None:
+        """Begins to add a bucket's gradients over the ranks, when they are whole: each part comes to the rank that keeps its states."""
+        if self.group is None or not self.last:
+            return
+        for rank, part in self.parts(bucket):
+            work = dist.reduce(self.grad.flat[part], group_dst=rank, group=self.group, async_op=True)
+            self.sent.append(work)
+
+    def settle(self) -> None:
+        """Waits until the gradients are added."""
+        for work in self.sent:
+            work.wait()
+        self.sent.clear()
+
+    def parts(self, bucket: str) -> Iterable[tuple[int, slice]]:
+        """(rank, what of the bucket it keeps), ranks that keep none left out."""
+        start, end = self.buckets[bucket]
+        for rank in range(len(self.bounds) - 1):
+            part = slice(max(start, self.bounds[rank]), min(end, self.bounds[rank + 1]))
+            if part.start < part.stop:
+                yield rank, part
+
+    def publish(self) -> None:
+        """Begins to send every rank's new weights to the others, in the order in which the forward pass reads them."""
+        if self.group is None:
+            return
+        for bucket in sorted(self.buckets, key=lambda name: name != "vectors"):
+            self.coming[bucket] = [
+                dist.broadcast(self.weight.flat[part], group_src=rank, group=self.group, async_op=True)
+                for rank, part in self.parts(bucket)
+            ]
+
+    def arrive(self, *buckets: str) -> None:
+        """Waits until the new weights of these buckets, or of all, are here."""
+        for bucket in buckets or self.buckets:
+            for work in self.coming.pop(bucket, ()):
+                work.wait()
+
+    # One step: micro-batches, reduction, clipping, update.
+
+    def micro_batches(self, batch: Any) -> Iterable[MicroBatch]:
+        rows, (n, s) = self.recipe["micro_batch_size"], batch.tokens.shape
+        position = torch.arange(s, device=self.device).expand(n, s)
+        for start in range(0, n, rows):
+            row = slice(start, start + rows)
+            cos, sin = rope_tables_fp32_forward(position[row], HEAD_DIM, ROPE_THETA)
+            visible = torch.zeros(rows * s, dtype=torch.int64)
+            yield MicroBatch(
+                batch.tokens[row], batch.labels[row].reshape(-1), batch.mask[row].reshape(-1), cos, sin, visible
+            )
+
+    @torch.no_grad()
+    def step(self, batch: Any, lr: float) -> StepResult:
+        loss, count = torch.zeros((), device=self.device), -(-batch.tokens.shape[0] // self.recipe["micro_batch_size"])
+        for number, micro in enumerate(self.micro_batches(batch)):
+            self.first, self.last = number == 0, number + 1 == count
+            loss += self.micro_step(micro, batch.loss_denominator)
+        self.settle()
+        norm = norm_blocked(self.grad.flat[self.start : self.end])
+        if self.group is not None:
+            sums = torch.stack([loss.double(), norm.double() ** 2])
+            dist.all_reduce(sums, group=self.group)
+            loss, norm = sums[0].float(), sums[1].sqrt().float()
+        applied = torch.isfinite(norm)
+        if applied:
+            self.update(torch.clamp(self.recipe["clip"] / (norm + 1e-6), max=1.0), lr)
+        return StepResult(loss, norm, applied)
+
+    def update(self, factor: Tensor, lr: float) -> None:
+        r = self.recipe
+        self.updates += 1
+        step, root = lr / (1 - r["beta1"] ** self.updates), (1 - r["beta2"] ** self.updates) ** 0.5
+        grad, weight = self.grad.flat[self.start : self.end], self.weight.flat[self.start : self.end]
+        decayed = min(max(self.weight.decayed - self.start, 0), grad.numel())
+        for part, decay in ((slice(0, decayed), r["weight_decay"]), (slice(decayed, None), 0.0)):
+            if grad[part].numel():
+                buffers = [flat[part] for flat in (self.master, grad, self.exp_avg, self.exp_avg_sq)]
+                rounded = None if self.dtype == torch.float32 else weight[part]
+                rates = torch.tensor([step, root, 1 - lr * decay], device=self.device)
+                adamw_region(*buffers, rounded, factor, rates, r["beta1"], r["beta2"], r["eps"])
+        self.publish()
+
+    @torch.no_grad()
+    def loss(self, batch: Any) -> Tensor:
+        """The mean loss of this rank's rows over their mask."""
+        denominator = batch.mask.sum()
+        shares = []
+        for micro in self.micro_batches(batch):
+            h = self.trunk(micro)[1]
+            shares.append(self.head(h, micro, denominator, train=False)[0])
+        return torch.stack(shares).sum()
+
+    # Weights and state.
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        views = canonical_views(self.weight.stored)
+        if set(weights) != set(views):
+            raise ValueError(f"weights do not fit this engine: {sorted(set(weights) ^ set(views))[:3]}")
+        self.arrive()
+        for name, view in views.items():
+            view.copy_(weights[name].to(self.dtype))
+        self.master.copy_(self.weight.flat[self.start : self.end])
+        self.exp_avg.zero_()
+        self.exp_avg_sq.zero_()
+        self.updates = 0
+
+    def states(self) -> dict[str, Tensor]:
+        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def state(self) -> dict[str, Shard]:
+        self.arrive()
+        shards = {
+            f"{kind}/{name}": Shard(flat[place.part].view(place.shape), place.global_shape, place.offsets)
+            for kind, flat in self.states().items()
+            for name, place in self.places.items()
+        }
+        return {**shards, "step": Shard(torch.tensor(self.updates), (), ())}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes whole tensors or pieces of them that hold at least what this rank keeps."""
+        self.arrive()
+        for kind, flat in self.states().items():
+            for name, place in self.places.items():
+                given, sizes = state[f"{kind}/{name}"], zip(place.offsets, place.shape, strict=True)
+                box = tuple(slice(at - o, at - o + n) for (at, n), o in zip(sizes, given.offsets, strict=True))
+                flat[place.part].view(place.shape).copy_(given.tensor[box])
+        self.updates = int(state["step"].tensor)
+        self.weight.flat[self.start : self.end].copy_(self.master)
+        self.publish()
+
+
+def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any = None) -> Engine:
+    """The one factory; ``target`` is a target's plain values and must be of the model this file was written for."""
+    for key, value in MODEL.items():
+        if target["model"][key] != value:
+            raise ValueError(f"this engine is for model.{key} = {value!r}, the target has {target['model'][key]!r}")
+    if target["data"]["documents"] != DOCUMENTS:
+        raise ValueError(f"this engine is for data.documents = {DOCUMENTS!r}, got {target['data']['documents']!r}")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return Engine(target["recipe"], device, dtype, None if mesh is None else mesh.get_group())
