@@ -15,12 +15,17 @@ CUDA_ENVIRONMENT = {
 }
 
 
+def set_cuda_environment() -> None:
+    """``CUDA_ENVIRONMENT`` for this process, where its user has not set it; before cuBLAS and NCCL start."""
+    for key, value in CUDA_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+
+
 def make_deterministic(threads: int, device: str) -> None:
     """Pins the thread count (bits of fp32 products depend on it) and asks torch for deterministic algorithms only.
     For ``cuda`` it has to be called before cuBLAS starts, which reads its workspaces' sizes from the environment."""
     if device == "cuda":
-        for key, value in CUDA_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)
+        set_cuda_environment()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     # filling fresh memory costs time and changes no result of an engine that writes what it reads

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from forgetrain.errors import UserError
-from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
+from forgetrain.numerics.determinism import set_cuda_environment
 from forgetrain.train.peers import Peers
 
 T = TypeVar("T")
@@ -124,8 +124,7 @@ def start_world(*, device: str, threads: int, tensor: int = 1) -> Iterator[World
                 key="hardware.name",
                 remedy="start fewer ranks, or --set hardware.name=cpu",
             )
-        for key, value in CUDA_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)  # read by cuBLAS and NCCL when they start, which is after this
+        set_cuda_environment()
         torch.cuda.set_device(local)
     torch.set_num_threads(threads)
     place = f"cuda:{local}" if device == "cuda" else "cpu"
