@@ -94,6 +94,26 @@ def test_what_is_not_there_is_refused(aligned, tmp_path, monkeypatch, capsys):
     assert "magic" in line
 
 
+def test_a_search_goes_on_from_a_plan_that_was_found_before(aligned, tmp_path, monkeypatch, capsys):
+    folder, target, before = aligned
+    plan = folder / "runs" / "tiny" / "engine" / "plan.toml"
+    runs, golden = tmp_path / "again", folder / "runs" / "tiny" / "golden"
+    arguments = ("align", target, "--plan", plan, "--golden", golden, "--runs", runs, "--json")
+    code, out, _ = call(monkeypatch, capsys, folder, *arguments)
+    assert code == 0, out
+    after = json.loads(out.splitlines()[-1])
+    assert after["passed"]
+    assert after["plan"] == before["plan"]
+    assert len(after["attempts"]) == 0 < len(before["attempts"])
+
+    assert "--engine" in refused(monkeypatch, capsys, folder, "align", target, "--plan", plan, "--engine", plan)
+    fast = tmp_path / "fast.toml"
+    fast.write_text('schedule = "production"\n')
+    line = refused(monkeypatch, capsys, folder, "align", target, "--plan", fast)
+    assert "schedule" in line
+    assert "production" in line
+
+
 def test_a_record_with_a_flipped_byte_or_of_another_environment_is_refused(aligned, tmp_path, monkeypatch, capsys):
     import shutil
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,25 @@ def test_ranks_find_each_other_without_a_network(tmp_path):
 def test_compiled_regions_work(tmp_path):
     path = toy(tmp_path, step="assert torch.compile(lambda x: x * 2 + 1)(torch.ones(1000)).sum() == 3000")
     steps(path, boxed=True)
+
+
+#: What bubblewrap puts into a /dev of its own, and places that other mounts cover.
+_EVERYWHERE = {"null", "zero", "full", "random", "urandom", "tty", "pts", "ptmx", "shm", "fd", "core", "console"}
+
+
+@needs_bubblewrap
+def test_the_devices_of_a_gpu_are_put_into_a_closed_dev(tmp_path, monkeypatch):
+    nodes = [str(node) for node in sorted(Path("/dev").iterdir()) if node.name not in _EVERYWHERE]
+    nodes = [node for node in nodes if not os.path.islink(node) and "std" not in node][:3]
+    if not nodes:
+        pytest.skip("this machine's /dev holds nothing of its own")
+    monkeypatch.setattr(module, "_gpu_nodes", lambda: nodes)
+    box = sandbox(toy(tmp_path), TARGET, device="cuda")
+    assert box.sandboxed, box.description
+    look = "import os; print(*sorted(os.listdir('/dev'))); open('/dev/new', 'w')"
+    seen = subprocess.run(box.wrap([sys.executable, "-c", look]), capture_output=True, text=True, check=False)
+    assert set(nodes) <= {f"/dev/{name}" for name in seen.stdout.split()}
+    assert "Read-only file system" in seen.stderr
 
 
 #: Python that raises unless something is out of reach: a list of (name, statement that must raise OSError or such).

@@ -9,6 +9,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.engine.plan import Plan
 from forgetrain.errors import UserError
 
 
@@ -16,6 +17,9 @@ def command(
     target_file: TargetFile,
     engine: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Diagnose this engine file, without changing it.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from this plan, for example one found at fewer layers.")
     ] = None,
     golden: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A golden record. Default: RUNS/<target>/golden, made if needed.")
@@ -31,6 +35,7 @@ def command(
     from forgetrain.forge.examine import ReferenceFailure
 
     target = read_target(target_file, overrides)
+    start = None if plan is None else _starting_plan(plan, engine)
     if engine is not None and not engine.is_file():
         raise UserError("no such engine file", file=engine, remedy="name an engine's .py file")
     alignable(target)
@@ -52,7 +57,7 @@ def command(
             else:
                 record = open_or_collect(target, folder / "golden", report, say)
             if engine is None:
-                result = align(target, folder / "engine", record, report=report, say=say)
+                result = align(target, folder / "engine", record, start=start, report=report, say=say)
             else:
                 result = diagnose(target, engine, record, report=report)
     except ReferenceRejected as rejected:
@@ -70,3 +75,13 @@ def command(
         raise UserError(result.broken, file=engine, remedy="see docs/engine-contract.md")
     if not result.passed:
         raise typer.Exit(1)
+
+
+def _starting_plan(file: Path, engine: Path | None) -> Plan:
+    if engine is not None:
+        raise UserError("starts a search, and --engine asks for none", key="--plan", remedy="leave one of them out")
+    plan = Plan.read(file)
+    if plan["schedule"] != "explicit":
+        remedy = "name a plan that forgetrain align wrote"
+        raise UserError("cannot be aligned", file=file, key="schedule", value=plan["schedule"], remedy=remedy)
+    return plan

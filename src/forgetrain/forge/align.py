@@ -91,14 +91,16 @@ def align(
     out: Path,
     record: GoldenRecord,
     *,
+    start: Plan | None = None,
     report: Tell = lambda stage, share: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> AlignResult:
     """Finds a plan, writes its engine, and judges it; writes ``engine.py``, ``plan.toml`` and ``verdicts.json`` to
     ``out`` when G1 to G3 hold, else to a folder beside it whose name ends in ``.failed``.
 
-    report: gets the stage that begins and the share of the work that is done. say: one line for each attempt and
-    finding.
+    start: the plan from which the search goes on, the textbook's unless given: one that was found for fewer layers
+    spares a large model the walk. report: gets the stage that begins and the share of the work that is done. say: one
+    line for each attempt and finding.
 
     Raises:
         UserError: the reference cannot be run for this target.
@@ -112,7 +114,7 @@ def align(
     first = [] if captured is None else [judge_script(captured)]
     search = Search(gates, [truth] if captured is None else captured, lambda attempt: say(str(attempt)))
     report("walking the taps of the golden step", 0.0)
-    plan, reach = search.walk(Plan.textbook())
+    plan, reach = search.walk(start or Plan.textbook())
     say(f"golden step: {reach}")
     result = AlignResult(target.name, None, None, plan, [], reach.divergence)
     if reach.agrees and captured is not None:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forgetrain.errors import UserError
 from forgetrain.forge.optimise import Loop, plan_of
 from forgetrain.forge.profile import profile_engine
 from forgetrain.forge.proposers.base import Proposer
@@ -20,7 +19,7 @@ from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.judge.cluster import Cluster
 from forgetrain.judge.ledger import Ledger
 from forgetrain.judge.runner import Effort, Judge
-from forgetrain.spec.estimate import roofline
+from forgetrain.spec.estimate import least_step_seconds
 from forgetrain.spec.target import Target
 
 
@@ -54,12 +53,3 @@ def open_loop(
             gates=gates,
             cluster=cluster,
         )
-
-
-def least_step_seconds(target: Target, say: Callable[[str], None]) -> float:
-    """Seconds that no step can be faster than; 0, and a line that says so, on hardware that the table lacks."""
-    try:
-        return roofline(target.at_race_shape()).bound
-    except UserError as error:
-        say(f"no roofline: {error}")
-        return 0.0

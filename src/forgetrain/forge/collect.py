@@ -151,7 +151,7 @@ def collect(target: Target, folder: Path, report: Report | None = None) -> Golde
                     both.append(list(steps_of(reference, gates, batches, weights)))
             runs["world size 2"] = (both[0], both[1])
         tell("the float64 oracle and the other reference", 0.9)
-        errors = _judge_numerics(gates, weights, batches, {which: wait() for which, wait in in_fp32.items()})
+        errors = _judge_numerics(gates, weights, batches, in_fp32)
     verdict = g0(runs, _unequal(one.evidence, again.evidence), errors, skipped)
     if not verdict.passed:
         raise ReferenceRejected(verdict)
@@ -253,18 +253,22 @@ def _other_reference(target: Target) -> tuple[str | None, list[str]]:
 
 
 def _judge_numerics(
-    target: Target, weights: dict[str, Tensor], batches: list[Batch], engines: dict[str, EngineProcess]
+    target: Target, weights: dict[str, Tensor], batches: list[Batch], starts: dict[str, Callable[[], EngineProcess]]
 ) -> dict[str, dict[str, float]]:
     """Relative errors of the first two updates' clipped gradients in fp32: against the oracle, started each time from
-    the reference's own weights, and of the first against the other reference. The target's reference comes first."""
-    (name, engine), *others = engines.items()
-    clipped, starts = _two_updates(engine, target, weights, batches)
+    the reference's own weights, and of the first against the other reference. The target's reference comes first.
+
+    One after the other: of a model that fills a GPU, its memory holds one float64 step or one reference's."""
+    (name, start), *others = starts.items()
+    with start() as engine:
+        clipped, before = _two_updates(engine, target, weights, batches)
     errors = {}
     for step in range(2):
-        due = oracle_step(target, starts[step], batches[step], 0.0, device=target.hardware.device)
+        due = oracle_step(target, before[step], batches[step], 0.0, device=target.hardware.device)
         errors[f"{name} against the oracle, step {step}"] = relative_errors(clipped[step], due.clipped)
-    for other, engine in others:
-        theirs, _ = _two_updates(engine, target, weights, batches[:1])
+    for other, start in others:
+        with start() as engine:
+            theirs, _ = _two_updates(engine, target, weights, batches[:1])
         errors[f"{name} against {other}"] = relative_errors(clipped[0], theirs[0])
     return errors
 

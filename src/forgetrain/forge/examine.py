@@ -61,8 +61,8 @@ def examine(
     box: Sandbox | None = None,
     tell: Tell = lambda stage, share: None,
 ) -> Examination:
-    """``gates``: the target at the gates' shape. ``truth``: the golden step. ``reference``: running, at world size 1.
-    ``box``: the sandbox, for files that this program did not write.
+    """``gates``: the target at the gates' shape. ``truth``: the golden step. ``reference``: running, at world size 1; on
+    a GPU it is closed before G3. ``box``: the sandbox, for files that this program did not write.
 
     Raises:
         ReferenceFailure: the reference broke; whatever the engine does is in the verdicts.
@@ -102,6 +102,8 @@ def examine(
             fresh.restore(middle)
             resumed = list(trajectory(fresh, run.stream, half, len(run.due)))
         tell("G3: two ranks", 0.85)
+        if gates.hardware.device == "cuda":
+            reference.close()  # it is not asked again, and three of a large model are too many for one GPU
         due = _of_reference(lambda: _two_ranks(start_reference(gates, ranks=RANKS), run))
         ranks = _two_ranks(start(RANKS), run)
         found.verdicts.append(g3(due, ranks, steps[half:], resumed, ranks=RANKS, sandboxed=sandboxed))

@@ -222,3 +222,5 @@ def pinned(hardware: Hardware) -> Iterator[None]:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        if hardware.device == "cuda":  # the last candidate is gone; processes that share the GPU need its memory
+            torch.cuda.empty_cache()

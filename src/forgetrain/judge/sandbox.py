@@ -170,10 +170,17 @@ def _working_bubblewrap(device: str, module: str = "torch") -> tuple[tuple[str, 
     return (), f"bubblewrap does not work here: {problem}"
 
 
+def _gpu_nodes() -> list[str]:
+    return sorted(str(node) for node in Path("/dev").glob("nvidia*"))
+
+
 def _arguments(device: str, project: bool) -> tuple[str, ...]:
     arguments = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--hostname", "forge"]
     arguments += ["--proc", "/proc", "--dev", "/dev"]
-    arguments += ["--size", str(SCRATCH), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"]
+    arguments += ["--size", str(SCRATCH), "--tmpfs", "/dev/shm"]
+    for node in _gpu_nodes() if device == "cuda" else ():
+        arguments += ["--dev-bind", node, node]  # before /dev is closed: what is bound needs a place there
+    arguments += ["--remount-ro", "/dev"]
     arguments += ["--size", str(SCRATCH), "--tmpfs", "/tmp"]
     for top in ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64"):
         if os.path.islink(top):
@@ -194,9 +201,6 @@ def _arguments(device: str, project: bool) -> tuple[str, ...]:
     if project:
         own = Path(forgetrain.__file__).parent
         arguments += ["--ro-bind", str(own), str(_SITE / own.name)]
-    if device == "cuda":
-        for node in sorted(str(node) for node in Path("/dev").glob("nvidia*")):
-            arguments += ["--dev-bind", node, node]
     environment = {
         "HOME": "/tmp",
         "TMPDIR": "/tmp",

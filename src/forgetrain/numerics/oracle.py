@@ -49,6 +49,16 @@ def oracle_step(
 
     With ``precision`` bf16 the weights are rounded to bf16 first, as the recipe's masters are; nothing else is.
     """
+    try:
+        return _first_step(target, weights, batch, lr, precision, taps, device)
+    finally:
+        if device.startswith("cuda"):  # what it took is for the processes of engines, which share the GPU
+            torch.cuda.empty_cache()
+
+
+def _first_step(
+    target: Target, weights: Mapping[str, Tensor], batch: Any, lr: float, precision: str, taps: bool, device: str
+) -> OracleStep:
     recipe = target.recipe
     start = {n: (w.bfloat16() if precision == "bf16" else w).double().cpu() for n, w in weights.items()}
     leaves = {name: weight.to(device, copy=True).requires_grad_() for name, weight in start.items()}
