@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from forgetrain.engine.contract import Batch
-from forgetrain.engine.plan import HOPPER, Plan
+from forgetrain.engine.plan import HOPPER, SCALE, Plan
 from forgetrain.engine.write import load_engine, source_hash, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import oracle_step
 from forgetrain.spec.target import load_target
+from tests.engine.ranks import run_ranks
+from tests.engine.test_scale import assert_near, assert_same, on_ranks
 from tests.tiny import random_batch, tiny_target
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install forgetrain[gpu]")
@@ -90,13 +92,46 @@ def test_restoring_a_state_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(second.state()[name].tensor, shard.tensor), name
 
 
+def test_sharded_states_are_the_replicated_ones(tmp_path):
+    """On one rank bit for bit; on two, what a sum's order leaves."""
+    target = tiny_target(recipe=SMALL, model={"num_hidden_layers": 1})
+    modules = {}
+    for states in SCALE["optimizer_state"][0]:
+        path = tmp_path / f"{states}.py"
+        path.write_text(write_engine(target, PLAN.with_choice("optimizer_state", states)))
+        modules[states] = load_engine(path)
+    alone = {states: on_ranks(1, module, target, last=2) for states, module in modules.items()}
+    assert_same(alone["sharded"], alone["replicated"])
+    both = {states: on_ranks(2, module, target, last=2) for states, module in modules.items()}
+    assert_near(both["replicated"], alone["replicated"])
+    assert_near(both["sharded"], both["replicated"], 1e-6)
+    _, _, middle = on_ranks(2, modules["sharded"], target, last=1)
+    (_, later), *rest = alone["sharded"]
+    assert_near(on_ranks(1, modules["sharded"], target, first=1, last=2, state=middle), ([later], *rest))
+
+
+def test_every_rank_keeps_its_part_of_the_states_alone(tmp_path):
+    target = tiny_target(recipe=SMALL, model={"num_hidden_layers": 1})
+    path = tmp_path / "engine.py"
+    path.write_text(write_engine(target, PLAN))
+    module = load_engine(path)
+
+    def kept(mesh):
+        engine = module.build(target.plain(), device="cpu", precision="fp32", mesh=mesh)
+        return sum(flat.numel() for flat in engine.states().values())
+
+    sizes = run_ranks(2, kept)
+    assert sum(sizes) == 3 * sum(torch.Size(shape).numel() for shape in target.model.parameter_shapes().values())
+    assert max(sizes) < 1.1 * min(sizes)
+
+
 def test_a_norm_that_is_not_finite_moves_nothing(tmp_path):
     target = tiny_target(recipe=SMALL)
     engine, batch = engine_of(target, tmp_path), batch_of(target, 3)
-    before = engine.master.flat.clone()
+    before = engine.master.clone()
     result = engine.step(batch._replace(mask=batch.mask * float("inf")), 1e-2)
     assert not bool(result.applied)
-    assert torch.equal(engine.master.flat, before)
+    assert torch.equal(engine.master, before)
     assert bool(engine.step(batch, 1e-2).applied)
 
 
@@ -147,7 +182,7 @@ def test_a_cpu_without_the_interpreter_is_told_so(tmp_path, monkeypatch):
 
 def test_a_plan_of_this_schedule_holds_its_own_choices_alone():
     plan = PLAN.with_choice("rank_head_forward", "3").with_choice("attention_block", "64")
-    assert [key for key, _ in plan.items()] == ["schedule", *HOPPER]
+    assert [key for key, _ in plan.items()] == ["schedule", *SCALE, *HOPPER]
     assert not set(HOPPER) & {key for key, _ in Plan.textbook().items()}
 
 

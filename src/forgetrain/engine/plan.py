@@ -64,7 +64,7 @@ SIZED = {
     "head_rows": "cross_entropy",
 }
 
-#: What the production schedule decides for a run on several ranks; on one rank the choices are the same bit for bit.
+#: What the production and hopper schedules decide for a run on several ranks; on one all choices give the same bits.
 #: Sharded comes first for the memory that it was measured to save (docs/scale.md has its time too).
 SCALE: dict[str, tuple[tuple[str, ...], str]] = {
     "optimizer_state": (
@@ -129,9 +129,9 @@ class Plan:
         return hash(tuple(sorted(self._choices.items())))
 
     def items(self) -> list[tuple[str, str]]:
-        """Keys and choices of this plan's schedule: the hopper schedule has its own, and none of the others'."""
+        """Keys and choices of this plan's schedule: the hopper schedule has its own, and but two of the others'."""
         hopper = self._choices["schedule"] == "hopper"
-        keys = ("schedule", *HOPPER) if hopper else [key for key in _KEYS if key not in HOPPER]
+        keys = ("schedule", *SCALE, *HOPPER) if hopper else [key for key in _KEYS if key not in HOPPER]
         return [(key, self._choices[key]) for key in keys]
 
     def with_choice(self, key: str, name: str) -> Plan:

@@ -22,7 +22,7 @@ from pathlib import Path
 import jinja2
 import ruff
 
-from forgetrain.engine.plan import HOPPER, SCALE, SCHEDULE, STRUCTURE, Plan
+from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
 from forgetrain.ops import blocked, native, products, regions
 from forgetrain.ops.table import OPS
@@ -134,8 +134,8 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         if given != needed:
             remedy = f"set it to {needed!r}, or choose another schedule in the plan"
             raise UserError("the hopper schedule has no kernel for it", key=key, value=given, remedy=remedy)
-    decided = ("schedule", *HOPPER)
-    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
+    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items())]
+    sharded = plan["optimizer_state"] == "sharded"
     text = _TEMPLATES.get_template("hopper.py.j2").render(
         title=f"A pre-training engine for {target.name}, written by ForgeTrain: forward, loss, backward, update.",
         header="\n".join(header).strip(),
@@ -144,6 +144,8 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         documents=target.data.documents,
         sources="\n\n".join(_module_source(name) for name in _HOPPER_MODULES),
         plan=dict(plan.items()),
+        sharded=sharded,
+        flat="weight" if sharded else "master",
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
     )
     return format_source(text)

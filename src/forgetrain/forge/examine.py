@@ -61,8 +61,8 @@ def examine(
     box: Sandbox | None = None,
     tell: Tell = lambda stage, share: None,
 ) -> Examination:
-    """``gates``: the target at the gates' shape. ``truth``: the golden step. ``reference``: running, at world size 1; on
-    a GPU it is closed before G3. ``box``: the sandbox, for files that this program did not write.
+    """``gates``: the target at the gates' shape. ``truth``: the golden step. ``reference``: running, at world size 1,
+    and on a GPU closed before G3. ``box``: the sandbox, for files that this program did not write.
 
     Raises:
         ReferenceFailure: the reference broke; whatever the engine does is in the verdicts.
