@@ -14,7 +14,8 @@ from rich.table import Table
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, RunsFolder, console, emit
 from forgetrain.errors import UserError
-from forgetrain.judge.ledger import TABLES, Ledger
+from forgetrain.judge.ledger import Ledger
+from forgetrain.judge.schema import TABLES
 
 app = typer.Typer(help="Every attempt, candidate, verdict and election.", no_args_is_help=True)
 

@@ -469,20 +469,10 @@ class EngineProcess:
 
     def _watch(self, limits: Mapping[str, int], folder: Path | None) -> None:
         while not self._closing.wait(_WATCH):
-            used = tree.usage(self._process.pid)
-            now = {"processes": used.processes, "resident": used.resident_bytes}
-            if folder is not None:
-                now["written"] = tree.written(folder)
-            over = next((name for name, limit in limits.items() if now.get(name, 0) > limit), None)
-            if over is None:
-                continue
-            have, may = now[over], limits[over]
-            if over == "processes":
-                self._fail("limit", f"the engine has {have} processes, {may} are allowed")
-            else:
-                what = {"resident": "of memory", "written": "on disk"}[over]
-                self._fail("limit", f"the engine uses {have / 2**30:.1f} GiB {what}, {may / 2**30:.1f} are allowed")
-            return
+            over = tree.excess(self._process.pid, limits, folder)
+            if over is not None:
+                self._fail("limit", f"the engine {over}")
+                return
 
 
 class _Raised(Exception):

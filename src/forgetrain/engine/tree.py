@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,23 @@ def written(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(parent, name)).st_blocks * 512
     return total
+
+
+def excess(pid: int, limits: Mapping[str, int], folder: Path | None = None) -> str | None:
+    """In words, what the tree below ``pid`` has more of than ``limits`` allow: processes, bytes resident, and bytes
+    written to ``folder``; a limit that is not named allows all. None when it keeps to them."""
+    used = usage(pid)
+    now = {"processes": used.processes, "resident": used.resident_bytes}
+    if folder is not None:
+        now["written"] = written(folder)
+    over = next((name for name, limit in limits.items() if now.get(name, 0) > limit), None)
+    if over is None:
+        return None
+    have, may = now[over], limits[over]
+    if over == "processes":
+        return f"has {have} processes, {may} are allowed"
+    what = {"resident": "of memory", "written": "on disk"}[over]
+    return f"uses {have / 2**30:.1f} GiB {what}, {may / 2**30:.1f} are allowed"
 
 
 def send_signal(pid: int, number: signal.Signals) -> None:

@@ -23,14 +23,15 @@ from typing import Any
 
 from forgetrain.durable import sha256_file
 from forgetrain.engine.plan import Plan
+from forgetrain.forge.briefing import how_it_ended, plan_behind, write_brief
 from forgetrain.forge.outcome import Champion, Judged, LoopOutcome
 from forgetrain.forge.profile import Profile, read_profile
-from forgetrain.forge.proposers.base import Attempt, Brief, Budget, NoProposal, Proposal, Proposer
+from forgetrain.forge.proposers.base import Brief, Budget, NoProposal, Proposal, Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.forge.provenance import write_champion
 from forgetrain.forge.refs import keep_commit
 from forgetrain.forge.standing import attempts_since_verification, moved, passed_all_gates, standing
-from forgetrain.forge.stuck import ELECTED, Rung, rung
+from forgetrain.forge.stuck import Rung, rung
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.cluster import Cluster
 from forgetrain.judge.ledger import Ledger
@@ -39,8 +40,6 @@ from forgetrain.numerics.determinism import fingerprint
 from forgetrain.spec.target import Target
 from forgetrain.train.verified import find_verdicts
 
-#: Attempts that a brief tells of, and ops.
-TOLD, PROFILED = 8, 5
 #: Of hidden gates a proposer sees pass or fail alone.
 OPEN_GATES = ("contract", "G1", "G7", "G8")
 
@@ -207,7 +206,7 @@ class Loop:
         if self.until is not None and time.monotonic() + self._longest > self.until:
             return "the time for searching is over"
         history = self._outcomes()
-        step = rung([_how(row) for row in history])
+        step = rung([how_it_ended(row) for row in history])
         if step.stop:
             return f"stuck: {len(history)} attempts, none elected since long; last: {history[-1]['reason']}"
         proposer = self.catalogue if step.catalogue else self.proposer
@@ -227,7 +226,8 @@ class Loop:
         id, began = self._begin(proposer.name)
         history, champion = self._outcomes(), self.champion()
         parent = self._other_parent(champion) if step.other_parent else champion
-        brief = self._brief(parent, budget, [row for row in history if row["id"] != id], step.notes)
+        before = [row for row in history if row["id"] != id]
+        brief = self._brief(parent, budget, before, step.notes)
         answer = proposer.propose(brief)
         self.ledger.spend(id, seconds=time.monotonic() - began, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
         if isinstance(answer, NoProposal):
@@ -323,26 +323,12 @@ class Loop:
         """What a proposer would be told now."""
         with self._claimed():
             history = self._outcomes()
-            notes = rung([_how(row) for row in history]).notes
+            notes = rung([how_it_ended(row) for row in history]).notes
             return self._brief(self.champion(), self._budget(), history, notes)
 
     def _brief(self, parent: Champion, budget: Budget, history: list[dict[str, Any]], notes: tuple[str, ...]) -> Brief:
-        told = [
-            Attempt(row["number"], row["proposer"], row["message"] or "no candidate", row["reason"] or row["outcome"])
-            for row in history[-TOLD:]
-        ]
-        profile = self.profile(parent.digest)
-        return Brief(
-            self.target,
-            parent.source,
-            self._plan(parent.digest),
-            budget,
-            profile=() if profile is None else profile.top(PROFILED),
-            gaps=() if profile is None else tuple(gap.op for gap in profile.gaps(self.target)),
-            first_failure=self.first_failure,
-            attempts=tuple(told),
-            notes=notes,
-        )
+        plan, profile = plan_behind(self.ledger, parent.digest, self.key), self.profile(parent.digest)
+        return write_brief(self.target, parent, plan, budget, history, notes, profile, self.first_failure)
 
     def profile(self, digest: str) -> Profile | None:
         """Where a candidate's time goes in this environment, measured once; None without a profiler."""
@@ -354,11 +340,6 @@ class Loop:
         profile = self.profiler(self.ledger.files.path(digest))
         self.ledger.add_profile(self.key, digest, environment=self.environment, profile=profile.as_dict())
         return profile
-
-    def _plan(self, digest: str) -> Plan | None:
-        """The plan that a candidate was written from, where it was."""
-        files = self.ledger.candidate(digest, self.key)["files"]
-        return Plan.read(self.ledger.files.path(files["plan.toml"])) if "plan.toml" in files else None
 
     def _enter(self, id: str, proposal: Proposal, parent: Champion, name: str) -> str:
         """Keeps what was proposed; returns its digest."""
@@ -506,10 +487,6 @@ class Loop:
         before = self.champion().digest
         whom = "the aligned engine" if before == self.baseline else before[:12]
         self.say(f"champion {digest[:12]} FAILED {failed.gate} when judged again and is deposed; {whom} is champion")
-
-
-def _how(attempt: dict[str, Any]) -> str:
-    return ELECTED if attempt["outcome"] == "accepted" else attempt["reason"]
 
 
 def plan_of(run: Path) -> Plan:

@@ -69,6 +69,7 @@ class ShippedCommand:
 
     def _wait(self, process: subprocess.Popen[bytes], printed: Tail, kill_at: int | None) -> str | None:
         deadline, watch = time.monotonic() + self.timeout, 0.0
+        limits = {name: self.box.limits[name] for name in ("processes", "resident")}
         while process.poll() is None:
             if kill_at is not None and folder_of(self.run_folder / "checkpoints", kill_at).is_dir():
                 return None
@@ -76,7 +77,7 @@ class ShippedCommand:
                 return f"did not end within {self.timeout:.0f} s"
             if time.monotonic() > watch:
                 watch = time.monotonic() + _WATCH
-                over = self._over(process.pid)
+                over = tree.excess(process.pid, limits)
                 if over is not None:
                     return over
             time.sleep(_LOOK)
@@ -85,14 +86,6 @@ class ShippedCommand:
         lines = [line.strip() for line in printed.text().splitlines() if line.strip()]
         told = [line for line in lines if line.startswith("forgetrain: ") or "Error: " in line] or lines
         return f"exit code {process.returncode}; {told[-1][:300] if told else 'it printed nothing'}"
-
-    def _over(self, pid: int) -> str | None:
-        used, limits = tree.usage(pid), self.box.limits
-        if used.processes > limits["processes"]:
-            return f"has {used.processes} processes, {limits['processes']} are allowed"
-        if used.resident_bytes > limits["resident"]:
-            return f"uses {used.resident_bytes / 2**30:.1f} GiB of memory, {limits['resident'] / 2**30:.1f} are allowed"
-        return None
 
     def found(self, problem: str | None) -> TrainingRun:
         """What the last run left. Its files are a stranger's: neither links nor pipes nor large ones are read."""

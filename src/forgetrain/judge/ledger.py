@@ -33,71 +33,8 @@ from typing import Any, NoReturn
 from forgetrain.errors import UserError
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.files import Files
+from forgetrain.judge.schema import ADDED, SCHEMA, SCHEMA_VERSION
 from forgetrain.spec.target import Target
-
-SCHEMA_VERSION = 3
-_SCHEMA = """
-CREATE TABLE targets (
-    hash TEXT PRIMARY KEY, name TEXT NOT NULL, plain TEXT NOT NULL, added REAL NOT NULL
-);
-CREATE TABLE goldens (
-    hash TEXT PRIMARY KEY, target TEXT NOT NULL REFERENCES targets, path TEXT NOT NULL,
-    environment TEXT NOT NULL, added REAL NOT NULL
-);
-CREATE TABLE candidates (
-    number INTEGER PRIMARY KEY, target TEXT NOT NULL REFERENCES targets, hash TEXT NOT NULL,
-    parent TEXT, diff TEXT, proposer TEXT NOT NULL, message TEXT NOT NULL, files TEXT NOT NULL, added REAL NOT NULL,
-    UNIQUE (target, hash)
-);
-CREATE TABLE attempts (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, target TEXT NOT NULL REFERENCES targets,
-    candidate TEXT, proposer TEXT NOT NULL, outcome TEXT, reason TEXT NOT NULL DEFAULT '',
-    seconds REAL NOT NULL DEFAULT 0, tokens INTEGER NOT NULL DEFAULT 0, dollars REAL NOT NULL DEFAULT 0,
-    began REAL NOT NULL, ended REAL
-);
-CREATE TABLE judgings (
-    number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, target TEXT NOT NULL REFERENCES targets,
-    candidate TEXT NOT NULL, purpose TEXT NOT NULL, environment TEXT NOT NULL, sandboxed INTEGER,
-    passed INTEGER, began REAL NOT NULL, ended REAL
-);
-CREATE TABLE verdicts (
-    judging TEXT NOT NULL REFERENCES judgings (id), gate TEXT NOT NULL, pass INTEGER NOT NULL, statistic REAL,
-    threshold REAL, margin REAL, first_divergence TEXT, detail TEXT NOT NULL, explanation TEXT NOT NULL,
-    sandboxed INTEGER NOT NULL, added REAL NOT NULL,
-    PRIMARY KEY (judging, gate)
-);
-CREATE TABLE samples (
-    judging TEXT NOT NULL REFERENCES judgings (id), run TEXT NOT NULL, engine TEXT NOT NULL, block INTEGER NOT NULL,
-    step INTEGER NOT NULL, seconds REAL NOT NULL,
-    PRIMARY KEY (judging, run, engine, block, step)
-) WITHOUT ROWID;
-CREATE TABLE elections (
-    number INTEGER PRIMARY KEY, target TEXT NOT NULL REFERENCES targets, candidate TEXT NOT NULL,
-    judging TEXT NOT NULL UNIQUE REFERENCES judgings (id), ratio REAL, low REAL, high REAL, added REAL NOT NULL
-);
-CREATE INDEX attempts_of_target ON attempts (target);
-CREATE INDEX judgings_of_candidate ON judgings (target, candidate);
-"""
-#: What each later version added, so that an older ledger goes on.
-_ADDED = {
-    2: """
-CREATE TABLE depositions (
-    judging TEXT PRIMARY KEY REFERENCES judgings (id), election INTEGER NOT NULL UNIQUE REFERENCES elections (number),
-    added REAL NOT NULL
-);
-""",
-    3: """
-CREATE TABLE profiles (
-    number INTEGER PRIMARY KEY, target TEXT NOT NULL REFERENCES targets, candidate TEXT NOT NULL,
-    environment TEXT NOT NULL, profile TEXT NOT NULL, added REAL NOT NULL,
-    UNIQUE (target, candidate, environment)
-);
-""",
-}
-TABLES = (
-    *("targets", "goldens", "candidates", "attempts", "judgings", "verdicts", "samples", "elections", "depositions"),
-    "profiles",
-)
 
 #: The election of a target's champion.
 _STANDING = (
@@ -181,11 +118,11 @@ class Ledger:
         if version == 0:
             if self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 raise UserError("is an SQLite file of something else", file=self.path, remedy="name another folder")
-            for statement in _SCHEMA.split(";"):
+            for statement in SCHEMA.split(";"):
                 self._connection.execute(statement)
             version = 1
         for number in range(version + 1, SCHEMA_VERSION + 1):
-            for statement in _ADDED[number].split(";"):
+            for statement in ADDED[number].split(";"):
                 self._connection.execute(statement)
         self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
