@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_what_it_prints(tmp_path):
     assert result["verdicts"][0]["pass"]
     assert result["environment"]["threads"] == 2
     assert "G0 passed" in done.stderr
+    assert re.search(r"\d s  transformers, second run|\d s  megatron, second run", done.stderr)
     assert (tmp_path / "runs/tiny/golden/manifest.json").is_file()
 
 

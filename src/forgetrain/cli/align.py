@@ -6,9 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.cli.common import (
+    DEFAULT_RUNS,
+    Json,
+    Overrides,
+    RunsFolder,
+    TargetFile,
+    console,
+    emit,
+    read_target,
+    stages,
+)
 from forgetrain.engine.plan import Plan
 from forgetrain.errors import UserError
 
@@ -44,14 +53,8 @@ def command(
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("starting", total=1.0)
-
-            def report(stage: str, share: float) -> None:
-                progress.update(task, description=stage, completed=share)
-
+        with stages() as report:
             if golden is not None:
                 record = open_named(target, golden)
             else:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.cli.common import (
+    DEFAULT_RUNS,
+    Json,
+    Overrides,
+    RunsFolder,
+    TargetFile,
+    console,
+    emit,
+    read_target,
+    stages,
+)
 
 
 def command(
@@ -17,13 +26,9 @@ def command(
     target = read_target(target_file, overrides)
     check_reference(target)  # before the progress bar, so that a refusal is one line
     folder = runs / target.name / "golden"
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     try:
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-            task = progress.add_task("starting", total=1.0)
-            record = collect(
-                target, folder, lambda stage, done: progress.update(task, description=stage, completed=done)
-            )
+        with stages() as report:
+            record = collect(target, folder, report)
     except ReferenceRejected as rejected:
         console.print(f"[red]G0 failed[/red] {rejected}")
         emit({"golden": None, "verdicts": [rejected.verdict.as_dict()]}, as_json)

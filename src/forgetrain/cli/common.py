@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +29,29 @@ DEFAULT_RUNS = Path("runs")
 
 def read_target(path: Path, overrides: list[str] | None) -> Target:
     return load_target(path, overrides or ())
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, float], None]]:
+    """Gives a function that is told the stage that begins and the share of the work that is done. A terminal shows both
+    as a bar that goes when all is done; a log file gets a line with the time for each stage."""
+    if not console.is_terminal:
+        began, last = time.monotonic(), ""
+
+        def write(stage: str, share: float) -> None:
+            nonlocal last
+            if stage != last:
+                last = stage
+                console.print(f"{time.monotonic() - began:5.0f} s  {stage}", markup=False, highlight=False)
+
+        yield write
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # takes a moment, and few need it
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=1.0)
+        yield lambda stage, share: progress.update(task, description=stage, completed=share)
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:
