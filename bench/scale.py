@@ -99,7 +99,7 @@ def _rank(rank: int, target: Target, layout: Layout, steps: int, folder: str) ->
     mesh = None
     if layout.ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=layout.ranks)
-        mesh = make_mesh("cpu", layout.ranks, layout.tensor)
+        mesh = make_mesh("cpu", layout.ranks, target.parallel)
     module = load_engine(Path(folder) / "engine.py")
     engine = module.build(target.plain(), device="cpu", precision=target.precision.dtype, mesh=mesh)
     value = torch.tensor(0.02)  # one value in all weights: they take no memory beside the engine's, and no time
