@@ -113,7 +113,7 @@ def test_what_cannot_share_rows_is_one_line(tmp_path):
         with pytest.raises(UserError, match=rf"{section}.sequence_length = 18 does not divide into 4 chunks"):
             parse_target(odd)
     stages = [{"name": "long", "steps": tree["recipe"]["steps"], "sequence_length": 22}]
-    with pytest.raises(UserError, match="'long' has sequence_length = 22 does not divide into 4 chunks"):
+    with pytest.raises(UserError, match="'long': sequence_length = 22 does not divide into 4 chunks"):
         parse_target(tree | {"parallel": {"context": 2}, "data": tree["data"] | {"stages": stages}})
     path = tmp_path / "engine.py"
     module = parted(target, tmp_path)

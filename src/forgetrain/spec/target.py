@@ -433,7 +433,7 @@ class Target(Section):
     @model_validator(mode="after")
     def _context(self) -> Target:
         context = self.parallel.context
-        lengths = {f"data.stages: {s.name!r} has sequence_length": s.sequence_length for s in self.data.stages}
+        lengths = {f"data.stages: {s.name!r}: sequence_length": s.sequence_length for s in self.data.stages}
         lengths |= {f"{key}.sequence_length": getattr(self, key).sequence_length for key in ("recipe", "gates")}
         for what, length in lengths.items():
             if context > 1 and length is not None and length % (2 * context):
