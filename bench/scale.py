@@ -1,10 +1,12 @@
 """Memory and time of a rank of the production engine, by the number of ranks and what they share.
 
     python bench/scale.py --rounds 3           # 69M parameters in fp32, over Gloo on this machine
+    python bench/scale.py --ranks 4 --tensor 1 --context 4 --set recipe.sequence_length=4096    # a long row
 
-Every rank is a process of this machine with one thread, and takes one row whatever their number, so times compare what
-is exchanged at one number of ranks, and are no scaling curve. Of the compiled regions AdamW alone is: it would need
-five more buffers of the states' size otherwise, and compiling the others takes longer than all that is measured.
+Every rank is a process of this machine with one thread. It takes one row whatever their number, or its part of a row
+that it shares; so times compare what is exchanged at one number of ranks, and are no scaling curve. Of the compiled
+regions AdamW alone is: it would need five more buffers of the states' size otherwise, and compiling the others takes
+longer than all that is measured.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ MIB = 2**20
 class Layout(NamedTuple):
     ranks: int
     tensor: int
+    context: int
     state: str
 
 
@@ -45,22 +48,25 @@ def main() -> None:
     parser.add_argument("--target", default="targets/nano-cpu.toml")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="ranks that hold a layer together")
+    parser.add_argument("--context", type=int, nargs="+", default=[1], help="ranks that hold a row together")
     parser.add_argument("--rounds", type=int, default=1, help="times that all layouts are run, in turn")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of the target")
     options = parser.parse_args()
     overrides = [*(f"model.{key}" for key in MODEL), *(f"recipe.{key}" for key in RECIPE), *options.set]
     layouts = [
-        Layout(ranks, tensor, state)
+        Layout(ranks, tensor, context, state)
         for ranks in options.ranks
         for tensor in options.tensor
+        for context in options.context
         for state in ("replicated", "sharded")
-        if ranks % tensor == 0 and (state == "replicated" or ranks > tensor)
+        if ranks % (tensor * context) == 0 and (state == "replicated" or ranks > tensor)
     ]
     found: dict[Layout, list[dict[str, Any]]] = {layout: [] for layout in layouts}
     for _ in range(options.rounds):
         for layout in layouts:
-            target = load_target(options.target, [*overrides, f"parallel.tensor={layout.tensor}"])
+            shared = [f"parallel.tensor={layout.tensor}", f"parallel.context={layout.context}"]
+            target = load_target(options.target, [*overrides, *shared])
             found[layout].append(measure(target, layout, options.steps))
             print(*layout, found[layout][-1], file=sys.stderr, flush=True)
     for layout, rounds in found.items():
@@ -78,7 +84,9 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measure(target: Target, layout: Layout, steps: int) -> dict[str, Any]:
-    plan = Plan({"schedule": "production", "rope_tables": "fp32", "optimizer_state": layout.state})
+    kernel = "native" if layout.context == 1 else "blocked"
+    choices = {"rope_tables": "fp32", "optimizer_state": layout.state, "attention_kernel": kernel}
+    plan = Plan({"schedule": "production", **choices})
     with tempfile.TemporaryDirectory() as folder:
         decorator = "@torch.compile(dynamic=False)\n"
         source = write_engine(target, plan).replace(decorator, "")
@@ -99,12 +107,12 @@ def _rank(rank: int, target: Target, layout: Layout, steps: int, folder: str) ->
     mesh = None
     if layout.ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=layout.ranks)
-        mesh = make_mesh("cpu", layout.ranks, layout.tensor)
+        mesh = make_mesh("cpu", layout.ranks, target.parallel)
     module = load_engine(Path(folder) / "engine.py")
     engine = module.build(target.plain(), device="cpu", precision=target.precision.dtype, mesh=mesh)
     value = torch.tensor(0.02)  # one value in all weights: they take no memory beside the engine's, and no time
     engine.load({name: value.expand(shape) for name, shape in target.model.parameter_shapes().items()})
-    recipe, generator = target.recipe, torch.Generator().manual_seed(rank // layout.tensor)
+    recipe, generator = target.recipe, torch.Generator().manual_seed(rank // target.parallel.sharing)
     shape = (recipe.batch_size, recipe.sequence_length + 1)
     tokens = torch.randint(0, target.model.vocab_size, shape, generator=generator)
     batch = make_batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())

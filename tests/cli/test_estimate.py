@@ -48,6 +48,13 @@ def test_what_ranks_share_is_said(monkeypatch):
     assert "fp32 accumulators, layers over 2 ranks " in text
 
 
+def test_ranks_that_share_rows_are_said(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    text = run(TARGETS / "minicpm4-8b-h100x8.toml", "--shard-optimizer", "--set", "parallel.context=4")
+    assert "one micro-batch of 4,096 tokens, rows over 4 ranks, nothing recomputed" in text
+    assert "fp32 moments and master weights, over 8 ranks" in text
+
+
 def test_overrides_and_bad_hardware():
     result = json.loads(run(TARGETS / "nano-cpu.toml", "--set", "model.num_hidden_layers=1", "--json"))
     assert result["parameters"]["total"] < 3_000_000

@@ -6,6 +6,7 @@ states = run_ranks(2, lambda mesh: steps_of(engine(mesh)))      # each rank's an
 from __future__ import annotations
 
 import datetime
+import math
 import multiprocessing
 import os
 import sys
@@ -17,15 +18,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+
+from forgetrain.spec.target import Parallel
+from forgetrain.train.world import make_mesh
 
 SECONDS = 120.0
 
 
 def run_ranks(shape: int | Sequence[int], work: Callable[[DeviceMesh], Any]) -> list[Any]:
-    """What ``work`` gives on each rank of a mesh over Gloo: of that many ranks, or of (data, tensor) ranks."""
+    """What ``work`` gives on each rank of a mesh over Gloo: of that many ranks, or of (data, tensor) ranks, or of
+    (data, tensor, context) ranks."""
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    ranks = int(torch.tensor(sizes).prod())
+    ranks = math.prod(sizes)
+    parallel = Parallel(**dict(zip(("tensor", "context"), sizes[1:], strict=False)))
     with tempfile.TemporaryDirectory() as folder:
 
         def in_a_mesh(rank: int) -> Any:
@@ -37,7 +43,7 @@ def run_ranks(shape: int | Sequence[int], work: Callable[[DeviceMesh], Any]) -> 
                 world_size=ranks,
                 timeout=datetime.timedelta(seconds=SECONDS),
             )
-            answer = work(init_device_mesh("cpu", sizes, mesh_dim_names=("data", "tensor")[: len(sizes)]))
+            answer = work(make_mesh("cpu", ranks, parallel))
             dist.barrier()
             return answer
 

@@ -155,6 +155,15 @@ def test_what_each_rank_of_a_split_layer_holds():
     assert zero.optimizer == -(-part.optimizer // 4)  # 8 GPUs, 4 data ranks
 
 
+def test_what_each_rank_of_a_split_row_holds():
+    target = load_target(TARGETS / "minicpm4-8b-h100x8.toml")
+    split = target.model_copy(update={"parallel": Parallel(context=4)})
+    whole, part = memory(target, shard_optimizer=True), memory(split, shard_optimizer=True)
+    assert (part.activations * 4, part.logits * 4) == (whole.activations, whole.logits)
+    assert part.optimizer == whole.optimizer  # context ranks divide the states as data ranks do
+    assert (part.weights, part.gradients) == (whole.weights, whole.gradients)
+
+
 def test_muon_keeps_one_moment_of_the_layers_matrices():
     adamw, muon = (tiny_target(recipe={"optimizer": name}) for name in ("adamw", "muon"))
     matrices = sum(

@@ -53,14 +53,14 @@ class Runs:
         return [line["loss"] for line in journal if "loss" in line]
 
 
-def write(target, path):
-    plan = Plan({"schedule": "production", "rope_tables": "fp32", "optimizer_state": "sharded"})
+def write(target, path, **choices):
+    plan = Plan({"schedule": "production", "rope_tables": "fp32", "optimizer_state": "sharded", **choices})
     path.write_text(write_engine(target, plan).replace("@torch.compile(dynamic=False)\n", ""))
     return str(path)
 
 
-def split(target, tensor=2):
-    return target.model_copy(update={"parallel": Parallel(tensor=tensor)})
+def split(target, **parallel):
+    return target.model_copy(update={"parallel": Parallel(**(parallel or {"tensor": 2}))})
 
 
 @pytest.fixture
@@ -103,6 +103,28 @@ def test_layers_split_over_ranks_train_as_whole_ones_and_either_resumes_the_othe
     last = runs.on(4, resume=True, **options)
     assert runs.losses() == pytest.approx(expected, rel=1e-5)
     assert last["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_rows_shared_by_ranks_train_as_whole_ones_and_either_resumes_the_other(runs):
+    whole = runs.on(1)
+    expected, shared = runs.losses(), split(runs.target, context=2)
+    options = {"target": shared, "engine": write(shared, runs.folder / "shared.py", attention_kernel="blocked")}
+    runs.on(2, restart=True, stop_after=2, **options)
+    runs.on(1, resume=True, stop_after=3)
+    last = runs.on(4, resume=True, **options)
+    assert runs.losses() == pytest.approx(expected, rel=1e-5)
+    assert last["held_out_loss"] == pytest.approx(whole["held_out_loss"], rel=1e-5)
+
+
+def test_rows_that_ranks_cannot_share_are_one_line(runs):
+    shared = split(runs.target, context=2)
+    with pytest.raises(UserError, match=r"parallel.context: does not divide the 1 ranks that were started \(got 2\)"):
+        train(shared, runs=runs.folder, console=Console(quiet=True))
+    with pytest.raises(UserError, match="splits rows over 1 ranks, the target over 2"):
+        choose_engine(shared, runs.folder / "run", runs.engine, unverified=True).build(shared, device="cpu", mesh=None)
+    chosen = choose_engine(shared, runs.folder / "run", None, unverified=False)
+    assert chosen.status == "production plan, not aligned with a reference"
 
 
 def test_what_does_not_fit_is_one_line(runs):

@@ -73,6 +73,8 @@ def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool
     tokens = micro_batch_tokens(target)
     tensor = target.parallel.tensor
     data = max(1, hardware.count // tensor)
+    context = target.parallel.context
+    micro = f"one micro-batch of {tokens * context:,} tokens" + (f", rows over {context} ranks" if context > 1 else "")
     layers = f", layers over {tensor} ranks" if tensor > 1 else ""
     over = layers + (f", over {data} ranks" if shard and data > 1 else "")
     over_optimizer = layers + (f", over {data} ranks" if (shard or shard_optimizer) and data > 1 else "")
@@ -82,7 +84,7 @@ def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool
         ("weights", _gib(memory.weights), f"{target.precision.dtype}{over}"),
         ("gradients", _gib(memory.gradients), f"fp32 accumulators{over}"),
         ("optimizer", _gib(memory.optimizer), f"fp32 moments{_masters(target)}{over_optimizer}"),
-        ("activations", _gib(memory.activations), f"one micro-batch of {tokens:,} tokens, nothing recomputed"),
+        ("activations", _gib(memory.activations), f"{micro}, nothing recomputed"),
         ("logits", _gib(memory.logits), f"one micro-batch × {target.model.vocab_size:,}"),
         ("memory of a rank", _gib(memory.total), f"{full}{size}"),
     )

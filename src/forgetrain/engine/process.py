@@ -105,10 +105,9 @@ class EngineProcess:
         flat = str(module).endswith(".py")
         if flat and not Path(module).is_file():
             raise UserError("no such engine file", file=module, remedy="forgetrain align writes one")
-        if ranks % target.parallel.tensor:
-            problem = f"does not divide the engine's ranks, which are {ranks}"
-            remedy = "set it to 1, or start a multiple of it"
-            raise UserError(problem, key="parallel.tensor", value=target.parallel.tensor, remedy=remedy)
+        target.parallel.require_fit(
+            ranks, f"the engine's ranks, which are {ranks}", "set it to 1, or start a multiple of it"
+        )
         limits = dict(limits or {})
         watched = {name: limits.pop(name) for name in ("processes", "resident", "written") if name in limits}
         pairs = [socket.socketpair() for _ in range(ranks)]
@@ -405,9 +404,9 @@ class EngineProcess:
 
     def _split(self, batch: Any) -> list[list[tuple[str, Tensor]]]:
         """Data rank r's rows, r * N / R to (r + 1) * N / R, with the global denominator; the ranks that hold a layer
-        together get the same."""
+        or a row together get the same."""
         n, s = batch.tokens.shape
-        sharing = self.target.parallel.tensor
+        sharing = self.target.parallel.sharing
         ranks = self.ranks // sharing
         if n % ranks:
             raise UserError(f"a batch of {n} rows does not divide over {ranks} ranks", remedy="choose a multiple")

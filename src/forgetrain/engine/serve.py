@@ -106,7 +106,7 @@ class Server:
             self.device = f"cuda:{self.rank % torch.cuda.device_count()}"
             torch.cuda.set_device(self.device)
         if self.ranks > 1:
-            mesh = self._make_mesh(fields["device"], fields["timeout"], fields["target"]["parallel"]["tensor"])
+            mesh = self._make_mesh(fields["device"], fields["timeout"], fields["target"]["parallel"])
         path = Path(self.module)
         module = load_file(path, "engine") if path.suffix == ".py" else importlib.import_module(self.module)
         deterministic = bool(getattr(module, "DETERMINISTIC", True))
@@ -115,7 +115,7 @@ class Server:
         self.engine = module.build(fields["target"], device=self.device, precision=fields["precision"], mesh=mesh)
         return "done", {"deterministic": deterministic}
 
-    def _make_mesh(self, device: str, timeout: float, tensor: int) -> Any:
+    def _make_mesh(self, device: str, timeout: float, parallel: Mapping[str, int]) -> Any:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # one host; a sandbox has no other interface
         # NCCL wants a GPU for each rank; ranks that share one reduce through the host, and a sum of two has one value
         own = device == "cuda" and self.ranks <= torch.cuda.device_count()
@@ -126,9 +126,12 @@ class Server:
             world_size=self.ranks,
             timeout=timedelta(seconds=timeout),
         )
-        if tensor == 1:
-            return init_device_mesh(device, (self.ranks,), mesh_dim_names=("data",))
-        return init_device_mesh(device, (self.ranks // tensor, tensor), mesh_dim_names=("data", "tensor"))
+        shared = {key: parallel[key] for key in ("context", "tensor") if parallel[key] > 1}
+        data = self.ranks // (parallel["context"] * parallel["tensor"])
+        mesh = init_device_mesh(device, (data, *shared.values()), mesh_dim_names=("data", *shared))
+        if "context" in shared:  # the ranks over which gradients are summed
+            mesh["data", "context"]._flatten("data_context")
+        return mesh
 
     def on_load(self, _: dict[str, Any], tensors: Mapping[str, Tensor]) -> tuple:
         weights = {name: tensor.to(self.device) for name, tensor in tensors.items()}

@@ -24,7 +24,7 @@ import ruff
 
 from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
-from forgetrain.ops import blocked, native, products, regions
+from forgetrain.ops import blocked, context, native, products, regions
 from forgetrain.ops.table import OPS
 from forgetrain.spec.target import Target
 
@@ -49,13 +49,22 @@ _ATTENTION = {
     "blocked": [blocked.attention_blocked_forward, blocked.attention_blocked_backward],
 }
 
+#: What it needs where ranks share the positions of a row.
+_CONTEXT_ATTENTION = [
+    context.own_positions,
+    context.joined_positions,
+    context.parted_positions,
+    context.attention_context_forward,
+    context.attention_context_backward,
+]
+
 #: The modules of ops.cuda that the hopper schedule is made of.
 _HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swiglu", "cross_entropy", "adamw")
 
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     """The engine's source. ``facts`` are lines for its header: golden record, verdicts, measured speed."""
-    require_whole_layers(target, plan)
+    require_ranks(target, plan)
     if plan["schedule"] == "hopper":
         return write_hopper(target, plan, facts)
     model = target.model
@@ -79,7 +88,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
             f for f in vars(regions).values() if inspect.isfunction(f) and _needs_region(f.__name__, target, plan)
         ]
         functions += [*compiled, blocked.norm_blocked]
-        functions += _ATTENTION[plan["attention_kernel"]]
+        functions += _CONTEXT_ATTENTION if target.parallel.context > 1 else _ATTENTION[plan["attention_kernel"]]
         functions += [getattr(products, f"{name}_{plan['products']}") for name in ("product", "weight_gradient")]
     decided = [*used, *((*SCHEDULE, *(() if muon else SCALE)) if production else STRUCTURE)]
     if production and plan["attention_kernel"] == "native":
@@ -97,6 +106,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         plan=dict(plan.items()),
         attention_source=importlib.resources.files("forgetrain.ops.cpu").joinpath("attention.cpp").read_text("utf-8"),
         tensor=target.parallel.tensor,
+        context=target.parallel.context,
         sharded=plan["optimizer_state"] == "sharded" and not muon,
         v={key: variant.name for key, variant in variants.items()},
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
@@ -106,19 +116,28 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     return format_source(text)
 
 
-def require_whole_layers(target: Target, plan: Plan) -> None:
-    """Raises UserError when the target wants tensor-parallel layers and the plan's schedule, or Muon, has none."""
-    if target.parallel.tensor > 1 and target.recipe.optimizer == "muon":
-        value = target.parallel.tensor
+def require_ranks(target: Target, plan: Plan) -> None:
+    """Raises UserError when the target wants ranks to share layers or rows, and the plan's schedule or kernel, or Muon,
+    cannot."""
+    parallel, schedule = target.parallel, plan["schedule"]
+    if parallel.tensor > 1 and target.recipe.optimizer == "muon":
         raise UserError(
-            "splits matrices that Muon needs whole", key="parallel.tensor", value=value, remedy="set it to 1"
+            "splits matrices that Muon needs whole", key="parallel.tensor", value=parallel.tensor, remedy="set it to 1"
         )
-    if target.parallel.tensor > 1 and plan["schedule"] != "production":
+    for key, value, what in (("tensor", parallel.tensor, "layers"), ("context", parallel.context, "rows")):
+        if value > 1 and schedule != "production":
+            raise UserError(
+                f"the {schedule} schedule computes whole {what} on every rank",
+                key=f"parallel.{key}",
+                value=value,
+                remedy="set it to 1, or choose the production schedule in the plan",
+            )
+    if parallel.context > 1 and plan["attention_kernel"] == "native":
         raise UserError(
-            f"the {plan['schedule']} schedule computes whole layers on every rank",
-            key="parallel.tensor",
-            value=target.parallel.tensor,
-            remedy="set it to 1, or choose the production schedule in the plan",
+            "the native kernel of attention has the queries of whole rows",
+            key="parallel.context",
+            value=parallel.context,
+            remedy='set it to 1, or choose attention_kernel = "blocked" in the plan',
         )
 
 

@@ -77,7 +77,8 @@ def folder_parity(folder: Path, target: Target, weights: Mapping[str, Tensor], e
 def _engine(target: Target, path: Path | None) -> tuple[str, Any]:
     plain = target.plain()
     module = None if path is None else load_engine(path)
-    if module is not None and getattr(module, "TENSOR_PARALLEL", 1) == 1:
+    splits = [getattr(module, f"{key}_PARALLEL", 1) for key in ("TENSOR", "CONTEXT")]
+    if module is not None and splits == [1, 1]:
         engine = module.build(plain, device="cpu", precision="fp32", mesh=None)
         if hasattr(engine, "probe"):
             return str(path), engine

@@ -185,15 +185,17 @@ def activation_elements(model: Model, tensor: int = 1) -> int:
 
 
 def micro_batch_tokens(target: Target) -> int:
-    """Tokens of the largest micro-batch: that of the stage of the longest sequences."""
-    return target.recipe.micro_batch_size * max(stage.sequence_length for stage in stages_of(target))
+    """Tokens that a rank has of the largest micro-batch: that of the stage of the longest sequences."""
+    tokens = target.recipe.micro_batch_size * max(stage.sequence_length for stage in stages_of(target))
+    return tokens // target.parallel.context
 
 
 def memory(target: Target, *, shard: bool = False, shard_optimizer: bool = False) -> Memory:
-    """Bytes on each rank, in the stage of the longest sequences; layers are split as ``parallel.tensor`` says.
+    """Bytes on each rank, in the stage of the longest sequences; layers and rows are split as ``parallel``
+    says.
 
-    shard: weights, gradients and optimizer are divided over the data ranks, as FSDP does; shard_optimizer: the
-    optimizer alone, as ZeRO-1 does, where fp32 weights, which are their own masters, stay whole.
+    shard: weights, gradients and optimizer are divided over the data and context ranks, as FSDP does; shard_optimizer:
+    the optimizer alone, as ZeRO-1 does, where fp32 weights, which are their own masters, stay whole.
     """
     model, dtype, tensor = target.model, target.precision.dtype, target.parallel.tensor
     count, size = parameters_of_rank(model, tensor), _size(dtype)

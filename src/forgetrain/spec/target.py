@@ -167,9 +167,25 @@ class Hardware(Section):
 
 
 class Parallel(Section):
-    """How ranks share the work. Those that ``tensor`` does not take are data-parallel."""
+    """How ranks share the work. Those that ``tensor`` and ``context`` do not take are data-parallel."""
 
     tensor: Positive = 1  # ranks that hold each layer together: heads, feed-forward and vocabulary are split over them
+    context: Positive = 1  # ranks that hold each row together: its positions are split over them
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that get the same rows; they follow one another, those of a layer the closest."""
+        return self.tensor * self.context
+
+    def require_fit(self, ranks: int, whose: str, remedy: str) -> None:
+        """Raises UserError when so many ranks do not divide into groups that share layers and rows; ``whose`` says
+        which ranks these are."""
+        if ranks % self.tensor:
+            raise UserError(f"does not divide {whose}", key="parallel.tensor", value=self.tensor, remedy=remedy)
+        if ranks % self.sharing:
+            layers = f", {self.tensor} to a layer" if self.tensor > 1 else ""
+            problem = f"does not divide {whose}{layers}"
+            raise UserError(problem, key="parallel.context", value=self.context, remedy=remedy)
 
 
 class Source(Section):
@@ -412,6 +428,19 @@ class Target(Section):
         for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
             if (size := getattr(self.model, key)) % tensor:
                 raise ValueError(f"parallel.tensor = {tensor} does not divide model.{key} = {size}; choose a divisor")
+        return self
+
+    @model_validator(mode="after")
+    def _context(self) -> Target:
+        context = self.parallel.context
+        lengths = {f"data.stages: {s.name!r}: sequence_length": s.sequence_length for s in self.data.stages}
+        lengths |= {f"{key}.sequence_length": getattr(self, key).sequence_length for key in ("recipe", "gates")}
+        for what, length in lengths.items():
+            if context > 1 and length is not None and length % (2 * context):
+                raise ValueError(
+                    f"{what} = {length} does not divide into {2 * context} chunks, two of each rank of "
+                    f"parallel.context = {context}; choose a multiple of {2 * context}"
+                )
         return self
 
     def plain(self) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def train(
     console = console or Console(stderr=True)
     threads, device = target.hardware.threads, target.hardware.device
     check_device(target.hardware)
-    with start_world(device=device, threads=threads, tensor=target.parallel.tensor) as world, ExitStack() as held:
+    with start_world(device=device, threads=threads, parallel=target.parallel) as world, ExitStack() as held:
         world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:
             console = Console(quiet=True)

@@ -61,7 +61,8 @@ def _processes(world: World) -> Check:
     dist.all_reduce(ones)
     if int(ones) != world.size:
         raise UserError(f"{world.size} ranks add up to {int(ones)}", key="torchrun", remedy="look at the network")
-    split = f", {world.tensor} to a layer" if world.tensor > 1 else ""
+    tensor, context = world.parallel.tensor, world.parallel.context
+    split = (f", {tensor} to a layer" if tensor > 1 else "") + (f", {context} to a row" if context > 1 else "")
     return Check("processes", f"{world.size}{split}, a sum over them agrees")
 
 

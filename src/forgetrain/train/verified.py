@@ -51,14 +51,15 @@ class ChosenEngine:
             UserError: it was made for another target.
         """
         module = self.load()
-        tensor = getattr(module, "TENSOR_PARALLEL", 1)  # an engine whose layers are split over ranks says so
-        if tensor != target.parallel.tensor:
-            raise UserError(
-                f"splits layers over {tensor} ranks, the target over {target.parallel.tensor}",
-                file=self.name,
-                key="parallel.tensor",
-                remedy="write the engine of this target with forgetrain engine write, or change the target's value",
-            )
+        for key, what in (("tensor", "layers"), ("context", "rows")):  # an engine that splits them says so
+            split, wanted = getattr(module, f"{key.upper()}_PARALLEL", 1), getattr(target.parallel, key)
+            if split != wanted:
+                raise UserError(
+                    f"splits {what} over {split} ranks, the target over {wanted}",
+                    file=self.name,
+                    key=f"parallel.{key}",
+                    remedy="write the engine of this target with forgetrain engine write, or change the target's value",
+                )
         deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
         if deterministic:
             make_deterministic(target.hardware.threads, target.hardware.device)
@@ -100,8 +101,8 @@ def find_verdicts(file: Path, also_in: list[Path]) -> list[dict[str, Any]] | Non
 
 def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: bool) -> ChosenEngine:
     """The engine that was asked for: a file, ``megatron`` or ``transformers``; without one the run's aligned engine,
-    and before aligning the textbook engine of the target, written to ``run/train/engine.py``; where layers are split
-    over ranks, which the textbook has not, the production schedule's.
+    and before aligning the textbook engine of the target, written to ``run/train/engine.py``; where layers or rows
+    are split over ranks, which the textbook has not, the production schedule's.
 
     Raises:
         UserError: no such file, or one without passed verdicts and not ``unverified``.
@@ -113,8 +114,11 @@ def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: 
         path = run / "train" / "engine.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         name, plan = "textbook", Plan.textbook()
-        if target.parallel.tensor > 1:
-            name, plan = "production", Plan({"schedule": "production", "rope_tables": "fp32"})
+        if target.parallel.sharing > 1:
+            native = target.hardware.device == "cpu" and target.parallel.context == 1
+            kernel = "native" if native else "blocked"
+            name = "production"
+            plan = Plan({"schedule": "production", "rope_tables": "fp32", "attention_kernel": kernel})
         path.write_text(write_engine(target, plan), encoding="utf-8")
         return ChosenEngine(str(path), sha256_file(path), f"{name} plan, not aligned with a reference", False)
     path = aligned if engine is None else Path(engine)

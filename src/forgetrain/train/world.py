@@ -25,9 +25,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import set_cuda_environment
+from forgetrain.spec.target import Parallel
 from forgetrain.train.peers import Peers
 
 T = TypeVar("T")
+_ALONE = Parallel()
 
 
 @dataclass
@@ -35,19 +37,19 @@ class World:
     rank: int
     size: int
     device: str  # "cpu" or "cuda:N"
-    mesh: DeviceMesh | None  # of the dimension "data", or of "data" and "tensor" where layers are split
+    mesh: DeviceMesh | None  # its dimensions: see ``make_mesh``
     control: dist.ProcessGroup | None  # a Gloo group of its own, so that control never waits for a GPU's stream
     background: dist.ProcessGroup | None = None  # another, for threads beside the steps
-    tensor: int = 1  # ranks that hold each layer together; they get the same data, and follow one another
+    parallel: Parallel = _ALONE
 
     @property
     def data_rank(self) -> int:
         """Which part of every batch this rank gets."""
-        return self.rank // self.tensor
+        return self.rank // self.parallel.sharing
 
     @property
     def data_size(self) -> int:
-        return self.size // self.tensor
+        return self.size // self.parallel.sharing
 
     def beside(self) -> World:
         """The same processes, for one thread beside the steps: its exchanges never meet those of the steps."""
@@ -98,24 +100,20 @@ class World:
 
 
 @contextmanager
-def start_world(*, device: str, threads: int, tensor: int = 1) -> Iterator[World]:
+def start_world(*, device: str, threads: int, parallel: Parallel = _ALONE) -> Iterator[World]:
     """Makes the process group that torchrun asks for by RANK and WORLD_SIZE, and takes it down again.
 
-    ``device`` is "cpu" or "cuda"; ``tensor`` the ranks that hold each layer together. When another rank dies, this
-    process ends within seconds (``peers``).
+    ``device`` is "cpu" or "cuda"; ``parallel`` says how many ranks hold a layer or a row together. When another rank
+    dies, this process ends within seconds (``peers``).
 
     Raises:
-        UserError: there is no GPU, or fewer than ranks on this host; or ranks do not divide by ``tensor``; or a rank
-            does not come.
+        UserError: there is no GPU, or fewer than ranks on this host; or ranks do not divide as ``parallel`` says; or a
+            rank does not come.
     """
     size, rank, local = (int(os.environ.get(key, default)) for key, default in _TORCHRUN)
-    if size % tensor:
-        raise UserError(
-            f"does not divide the {size} ranks that were started",
-            key="parallel.tensor",
-            value=tensor,
-            remedy=f"start {tensor} with torchrun --nproc-per-node {tensor}, or a multiple of that",
-        )
+    sharing = parallel.sharing
+    remedy = f"start {sharing} with torchrun --nproc-per-node {sharing}, or a multiple of that"
+    parallel.require_fit(size, f"the {size} ranks that were started", remedy)
     if device == "cuda":
         count = torch.cuda.device_count()
         if local >= count:
@@ -135,20 +133,24 @@ def start_world(*, device: str, threads: int, tensor: int = 1) -> Iterator[World
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         with Peers(store, rank, size):
-            mesh = make_mesh(device, size, tensor)
+            mesh = make_mesh(device, size, parallel)
             control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
             background = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-            yield World(rank, size, place, mesh, control, background, tensor)
+            yield World(rank, size, place, mesh, control, background, parallel)
             dist.barrier(control)  # rank 0 may hold the store, so it leaves with the last
     finally:
         dist.destroy_process_group()
 
 
-def make_mesh(device: str, size: int, tensor: int) -> DeviceMesh:
-    """Tensor ranks are neighbours, for they exchange the most."""
-    if tensor == 1:
-        return init_device_mesh(device, (size,), mesh_dim_names=("data",))
-    return init_device_mesh(device, (size // tensor, tensor), mesh_dim_names=("data", "tensor"))
+def make_mesh(device: str, size: int, parallel: Parallel) -> DeviceMesh:
+    """Of the dimension "data", and of "context" and "tensor" where they are above 1. Tensor ranks are neighbours, for
+    they exchange the most. With context ranks "data_context" names the ranks over which gradients are summed."""
+    shared = {key: ranks for key, ranks in (("context", parallel.context), ("tensor", parallel.tensor)) if ranks > 1}
+    shape = (size // parallel.sharing, *shared.values())
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("data", *shared))
+    if "context" in shared:
+        mesh["data", "context"]._flatten("data_context")
+    return mesh
 
 
 def _join(rank: int, size: int) -> Store:
