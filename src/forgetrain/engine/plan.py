@@ -98,8 +98,8 @@ FSDP: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "gradients": (
         ("sharded", "whole"),
-        "reduced after each micro-batch, so that a rank adds up those of its rows alone; or kept whole in fp32 on every "
-        "rank, and reduced after the last",
+        "reduced after each micro-batch, so that a rank adds up those of its rows alone; or kept whole, in fp32, on "
+        "every rank and reduced after the last",
     ),
 }
 #: Schedules that share no choice with the others.

@@ -1,7 +1,7 @@
 """Initial weights: a pure function of the model and a seed, the same for references, engines and training.
 
-    initial_weights(model, seed=0)                              # all of them, whole
-    InitialWeights(model, seed=0)["model.norm.weight"]          # one at a time, drawn when it is asked for
+initial_weights(model, seed=0)                              # all of them, whole
+InitialWeights(model, seed=0)["model.norm.weight"]          # one at a time, drawn when it is asked for
 """
 
 from __future__ import annotations
