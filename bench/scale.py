@@ -62,7 +62,13 @@ def main() -> None:
         for state in ("replicated", "sharded")
         if ranks % tensor == 0 and (state == "replicated" or ranks > tensor)
     ]
-    layouts += [Layout(ranks, 1, "fsdp", state) for ranks in options.ranks for state in FSDP["gradients"][0]]
+    recipe = load_target(options.target, overrides).recipe
+    several = recipe.batch_size > recipe.micro_batch_size  # of one micro-batch gradients are reduced after the last
+    layouts += [
+        Layout(ranks, 1, "fsdp", state)
+        for ranks in options.ranks
+        for state in FSDP["gradients"][0][: 2 if several else 1]
+    ]
     layouts = [layout for layout in layouts if layout.schedule in options.schedule]
     found: dict[Layout, list[dict[str, Any]]] = {layout: [] for layout in layouts}
     for _ in range(options.rounds):
