@@ -1,4 +1,4 @@
-"""Memory and time of a rank of the production engine, by the number of ranks and what they share.
+"""Memory and time of a rank of the production and the fsdp engine, by the number of ranks and what they share.
 
     python bench/scale.py --rounds 3           # 69M parameters in fp32, over Gloo on this machine
     python bench/scale.py --ranks 4 --tensor 1 --context 4 --set recipe.sequence_length=4096    # a long row
@@ -7,11 +7,13 @@ Every rank is a process of this machine with one thread. It takes one row whatev
 that it shares; so times compare what is exchanged at one number of ranks, and are no scaling curve. Of the compiled
 regions AdamW alone is: it would need five more buffers of the states' size otherwise, and compiling the others takes
 longer than all that is measured.
+What is freed goes back to the system at once; else the peak is of what glibc keeps for later, not of what is held.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import statistics
@@ -25,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from forgetrain.engine.contract import make_batch
-from forgetrain.engine.plan import Plan
+from forgetrain.engine.plan import FSDP, Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.spec.target import Target, load_target
 from forgetrain.train.machine import peak_memory
@@ -34,13 +36,15 @@ from forgetrain.train.world import make_mesh
 MODEL = ["hidden_size=1024", "intermediate_size=2048", "vocab_size=8192"]
 RECIPE = ["batch_size=1", "micro_batch_size=1", "sequence_length=16"]
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class Layout(NamedTuple):
     ranks: int
     tensor: int
     context: int
-    state: str
+    schedule: str
+    state: str  # the choice of optimizer_state, or of the fsdp schedule's gradients
 
 
 def main() -> None:
@@ -49,19 +53,28 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--tensor", type=int, nargs="+", default=[1, 2], help="ranks that hold a layer together")
     parser.add_argument("--context", type=int, nargs="+", default=[1], help="ranks that hold a row together")
+    parser.add_argument("--schedule", nargs="+", default=["production", "fsdp"])
     parser.add_argument("--rounds", type=int, default=1, help="times that all layouts are run, in turn")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after one that is not")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of the target")
     options = parser.parse_args()
     overrides = [*(f"model.{key}" for key in MODEL), *(f"recipe.{key}" for key in RECIPE), *options.set]
     layouts = [
-        Layout(ranks, tensor, context, state)
+        Layout(ranks, tensor, context, "production", state)
         for ranks in options.ranks
         for tensor in options.tensor
         for context in options.context
         for state in ("replicated", "sharded")
         if ranks % (tensor * context) == 0 and (state == "replicated" or ranks > tensor)
     ]
+    recipe = load_target(options.target, overrides).recipe
+    several = recipe.batch_size > recipe.micro_batch_size  # of one micro-batch gradients are reduced after the last
+    layouts += [
+        Layout(ranks, 1, 1, "fsdp", state)
+        for ranks in options.ranks
+        for state in FSDP["gradients"][0][: 2 if several else 1]
+    ]
+    layouts = [layout for layout in layouts if layout.schedule in options.schedule]
     found: dict[Layout, list[dict[str, Any]]] = {layout: [] for layout in layouts}
     for _ in range(options.rounds):
         for layout in layouts:
@@ -85,8 +98,9 @@ def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure(target: Target, layout: Layout, steps: int) -> dict[str, Any]:
     kernel = "native" if layout.context == 1 else "blocked"
-    choices = {"rope_tables": "fp32", "optimizer_state": layout.state, "attention_kernel": kernel}
-    plan = Plan({"schedule": "production", **choices})
+    state = "gradients" if layout.schedule == "fsdp" else "optimizer_state"
+    choices = {"rope_tables": "fp32", "attention_kernel": kernel, state: layout.state}
+    plan = Plan({"schedule": layout.schedule, **choices})
     with tempfile.TemporaryDirectory() as folder:
         decorator = "@torch.compile(dynamic=False)\n"
         source = write_engine(target, plan).replace(decorator, "")
@@ -104,6 +118,7 @@ def measure(target: Target, layout: Layout, steps: int) -> dict[str, Any]:
 
 def _rank(rank: int, target: Target, layout: Layout, steps: int, folder: str) -> None:
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     mesh = None
     if layout.ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=layout.ranks)

@@ -12,7 +12,7 @@ import typer
 from pydantic_core import PydanticUndefined
 
 from forgetrain.cli.main import app
-from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE
+from forgetrain.engine.plan import FSDP, SCALE, SCHEDULE, STRUCTURE
 from forgetrain.ops.table import OPS
 from forgetrain.spec.target import Target
 
@@ -123,5 +123,5 @@ def test_the_tables_of_ops_and_variants_are_the_codes():
     page = (ROOT / "docs" / "ops-and-variants.md").read_text(encoding="utf-8")
     rows = [(op, name, variant.note) for op, table in OPS.items() for name, variant in table.items()]
     assert re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.*) \|$", page, flags=re.M)[: len(rows)] == rows
-    for key, (options, why) in {**STRUCTURE, **SCHEDULE, **SCALE}.items():
+    for key, (options, why) in {**STRUCTURE, **SCHEDULE, **SCALE, **FSDP}.items():
         assert f"| `{key}` | {', '.join(f'`{option}`' for option in options)} | {why} |" in page

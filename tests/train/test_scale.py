@@ -59,6 +59,11 @@ def write(target, path, **choices):
     return str(path)
 
 
+def write_fsdp(target, path):
+    path.write_text(write_engine(target, Plan({"schedule": "fsdp"})))
+    return str(path)
+
+
 def split(target, **parallel):
     return target.model_copy(update={"parallel": Parallel(**(parallel or {"tensor": 2}))})
 
@@ -127,6 +132,22 @@ def test_rows_that_ranks_cannot_share_are_one_line(runs):
     assert chosen.status == "production plan, not aligned with a reference"
 
 
+@pytest.mark.slow
+def test_fsdp_goes_on_bit_for_bit_on_other_numbers_of_ranks_and_either_schedule_resumes_the_other(runs):
+    runs.on(1)
+    expected, fsdp = runs.losses(), write_fsdp(runs.target, runs.folder / "fsdp.py")
+    whole = runs.on(2, restart=True, engine=fsdp)
+    assert runs.losses() == pytest.approx(expected, rel=1e-5)
+    runs.on(2, restart=True, stop_after=1, engine=fsdp)
+    again = runs.on(2, resume=True, engine=fsdp)
+    assert again["weight_sha256"] == whole["weight_sha256"]
+    assert again["held_out_loss"] == whole["held_out_loss"]
+    runs.on(2, restart=True, stop_after=1, engine=fsdp)
+    for last, ranks, engine in ((2, 1, fsdp), (3, 4, fsdp), (4, 2, runs.engine), (5, 2, fsdp)):
+        runs.on(ranks, resume=True, stop_after=last, engine=engine)
+    assert runs.losses() == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_does_not_fit_is_one_line(runs):
     with pytest.raises(UserError, match=r"parallel.tensor: does not divide the 1 ranks that were started \(got 2\)"):
         train(split(runs.target), runs=runs.folder, console=Console(quiet=True))
@@ -135,7 +156,7 @@ def test_what_does_not_fit_is_one_line(runs):
         train(runs.target, runs=runs.folder, engine=engine, unverified=True, console=Console(quiet=True))
     with pytest.raises(UserError, match=r"parallel.tensor = 4 does not divide model.num_key_value_heads = 2"):
         parse_target(runs.target.plain() | {"parallel": {"tensor": 4}})
-    for schedule in ("explicit", "hopper"):
+    for schedule in ("explicit", "hopper", "fsdp"):
         with pytest.raises(UserError, match=f"the {schedule} schedule computes whole layers"):
             write_engine(split(runs.target), Plan({"schedule": schedule}))
     chosen = choose_engine(split(runs.target), runs.folder / "run", None, unverified=False)

@@ -41,9 +41,10 @@ STRUCTURE: dict[str, tuple[tuple[str, ...], str]] = {
 #: What the optimiser decides: the step's schedule, and the sizes of the production schedule's blocks.
 SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "schedule": (
-        ("explicit", "production", "hopper"),
+        ("explicit", "production", "hopper", "fsdp"),
         "every op forward and backward by itself, for aligning; or fused regions, blocks and flat buffers, for speed; "
-        "or Triton kernels, cuBLAS, cuDNN and CUDA graphs, for speed on a Hopper GPU",
+        "or Triton kernels, cuBLAS, cuDNN and CUDA graphs, for speed on a Hopper GPU; or torch's modules, autograd and "
+        "FSDP2, for models that a rank cannot hold",
     ),
     "products": (
         ("onednn", "torch"),
@@ -88,6 +89,22 @@ HOPPER: dict[str, tuple[tuple[str, ...], str]] = {
     **{key: (tuple("01234567"), "cuBLASLt's algorithm for this product") for key in PRODUCTS},
 }
 
+#: What only the fsdp schedule decides.
+FSDP: dict[str, tuple[tuple[str, ...], str]] = {
+    "recompute": (
+        ("layers", "none"),
+        "of a layer its input alone is kept, and its backward pass computes the rest again; or all that backward reads "
+        "is kept",
+    ),
+    "gradients": (
+        ("sharded", "whole"),
+        "reduced after each micro-batch, so that a rank adds up those of its rows alone; or kept whole, in fp32, on "
+        "every rank and reduced after the last",
+    ),
+}
+#: The choices of schedules that are made of other ops than the rest.
+_APART = {"hopper": (*SCALE, *HOPPER), "fsdp": (*FSDP,)}
+
 
 class Plan:
     """An immutable mapping from plan keys (ops and structure) to the names chosen."""
@@ -129,9 +146,9 @@ class Plan:
         return hash(tuple(sorted(self._choices.items())))
 
     def items(self) -> list[tuple[str, str]]:
-        """Keys and choices of this plan's schedule: the hopper schedule has its own, and but two of the others'."""
-        hopper = self._choices["schedule"] == "hopper"
-        keys = ("schedule", *SCALE, *HOPPER) if hopper else [key for key in _KEYS if key not in HOPPER]
+        """Keys and choices of this plan's schedule: hopper and fsdp have their own."""
+        keys = _APART.get(self._choices["schedule"])
+        keys = [key for key in _KEYS if key not in HOPPER and key not in FSDP] if keys is None else ("schedule", *keys)
         return [(key, self._choices[key]) for key in keys]
 
     def with_choice(self, key: str, name: str) -> Plan:
@@ -156,7 +173,7 @@ def choices(target: Target) -> dict[str, tuple[str, ...]]:
 def _options(key: str) -> tuple[str, ...] | None:
     if key in OPS:
         return tuple(OPS[key])
-    return {**STRUCTURE, **SCHEDULE, **SCALE, **HOPPER}[key][0] if key in _KEYS else None
+    return {**STRUCTURE, **SCHEDULE, **SCALE, **HOPPER, **FSDP}[key][0] if key in _KEYS else None
 
 
-_KEYS = (*SCHEDULE, *SCALE, *HOPPER, *STRUCTURE, *OPS)
+_KEYS = (*SCHEDULE, *SCALE, *HOPPER, *FSDP, *STRUCTURE, *OPS)

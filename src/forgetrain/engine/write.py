@@ -22,9 +22,9 @@ from pathlib import Path
 import jinja2
 import ruff
 
-from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE, Plan
+from forgetrain.engine.plan import FSDP, SCALE, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
-from forgetrain.ops import blocked, context, native, products, regions
+from forgetrain.ops import blocked, context, native, products, regions, rope
 from forgetrain.ops.table import OPS
 from forgetrain.spec.target import Target
 
@@ -67,6 +67,8 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     require_ranks(target, plan)
     if plan["schedule"] == "hopper":
         return write_hopper(target, plan, facts)
+    if plan["schedule"] == "fsdp":
+        return write_fsdp(target, plan, facts)
     model = target.model
     production = plan["schedule"] == "production"
     if production and plan["attention_kernel"] == "native" and target.hardware.device != "cpu":
@@ -164,8 +166,32 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         sources="\n\n".join(_module_source(name) for name in _HOPPER_MODULES),
         plan=dict(plan.items()),
         sharded=sharded,
+        tensor=1,
         flat="weight" if sharded else "master",
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
+    )
+    return format_source(text)
+
+
+def write_fsdp(target: Target, plan: Plan, facts: Iterable[str]) -> str:
+    """The engine of the fsdp schedule. Raises UserError for Muon."""
+    if target.recipe.optimizer == "muon":
+        raise UserError(
+            "the fsdp schedule shards the matrices that Muon needs whole",
+            key="recipe.optimizer",
+            value=target.recipe.optimizer,
+            remedy="set it to 'adamw', or choose another schedule in the plan",
+        )
+    decided = ("schedule", *FSDP)
+    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
+    text = _TEMPLATES.get_template("fsdp.py.j2").render(
+        title=f"A pre-training engine for {target.name}, written by ForgeTrain: torch's modules, sharded by FSDP2.",
+        header="\n".join(header).strip(),
+        m=target.model,
+        model=target.model.model_dump(mode="json", exclude=_NOT_COMPUTED),
+        documents=target.data.documents,
+        sources=_sources([rope.rope_tables_textbook_forward, rope.rope_textbook_forward], []),
+        plan=dict(plan.items()),
     )
     return format_source(text)
 

@@ -1,8 +1,13 @@
-"""Initial weights: a pure function of the model and a seed, the same for references, engines and training."""
+"""Initial weights: a pure function of the model and a seed, the same for references, engines and training.
+
+initial_weights(model, seed=0)                              # all of them, whole
+InitialWeights(model, seed=0)["model.norm.weight"]          # one at a time, drawn when it is asked for
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,23 +15,37 @@ from torch import Tensor
 from forgetrain.spec.target import Model
 
 
-def initial_weights(model: Model, seed: int) -> dict[str, Tensor]:
-    """Canonical name → fp32 tensor. Norms start at one, biases at zero, matrices normal(0, initializer_range); those
-    that end a residual branch are scaled by 1 / sqrt(2 * layers), as GPT-2 and Megatron do.
+class InitialWeights(Mapping[str, Tensor]):
+    """Canonical name → fp32 tensor, drawn at every access: who keeps a part of each never holds more than one whole.
 
-    Each tensor has its own generator, seeded by (seed, name), so that no tensor depends on which others exist.
+    Norms start at one, biases at zero, matrices normal(0, initializer_range); those that end a residual branch are
+    scaled by 1 / sqrt(2 * layers), as GPT-2 and Megatron do. Each tensor has its own generator, seeded by (seed, name),
+    so that no tensor depends on which others exist.
     """
-    weights = {}
-    for name, shape in model.parameter_shapes().items():
+
+    def __init__(self, model: Model, seed: int):
+        self._model, self._seed, self._shapes = model, seed, model.parameter_shapes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            weights[name] = torch.ones(shape)
-        elif name.endswith(".bias"):
-            weights[name] = torch.zeros(shape)
-        else:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            std = model.initializer_range
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= (2 * model.num_hidden_layers) ** 0.5
-            weights[name] = torch.randn(shape, generator=generator) * std
-    return weights
+            return torch.ones(shape)
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        std = self._model.initializer_range
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * self._model.num_hidden_layers) ** 0.5
+        return torch.randn(shape, generator=generator).mul_(std)
+
+
+def initial_weights(model: Model, seed: int) -> dict[str, Tensor]:
+    """All of ``InitialWeights``, whole."""
+    return dict(InitialWeights(model, seed))

@@ -15,7 +15,7 @@ from forgetrain.train.verified import ChosenEngine
 def check_initial(target: Target, initial: FolderWeights, chosen: ChosenEngine) -> dict[str, Any]:
     """The figures of the comparison, for run.json. Raises UserError when logits differ by more than rounding."""
     engine = None if chosen.sha256 is None or target.hardware.device != "cpu" else Path(chosen.name)
-    parity = folder_parity(initial.folder, target, initial.weights(), engine)
+    parity = folder_parity(initial.folder, target, dict(initial), engine)
     if not parity.passed:
         raise UserError(
             f"logits of transformers and of the engine ({parity.engine}) with these weights differ by "

@@ -1,7 +1,7 @@
 """Where the weights of step 0 come from: the recipe's seed, or a Hugging Face model's folder (continued pre-training).
 
     initial = FolderWeights(Path("MiniCPM5-1B"), target)     # refuses a folder of another model
-    initial.weights()                                        # canonical name → fp32 tensor
+    initial["model.norm.weight"]                             # fp32 on the CPU, read when it is asked for
 
 The folder's model must be the target's; what says nothing about the computation may differ: token ids, the most
 positions, the spread of random weights.
@@ -9,7 +9,7 @@ positions, the spread of random weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ _INDEX = "model.safetensors.index.json"
 _AGAIN = "download or export it again"
 
 
-class FolderWeights:
-    """A Hugging Face folder whose model is the target's; its files are opened, nothing is read yet.
+class FolderWeights(Mapping[str, Tensor]):
+    """A Hugging Face folder whose model is the target's, as the target's parameters in their order, each read at every
+    access; at first the files are opened alone.
 
     Raises:
         UserError: another model (by the first key that differs), no safetensors, or a tensor missing, too many, or of
@@ -50,13 +51,15 @@ class FolderWeights:
         """What identifies the weights: the folder and every file's SHA-256."""
         return {"folder": str(self.folder.resolve()), "files": {path.name: sha256_file(path) for path in self.files}}
 
-    def weights(self) -> dict[str, Tensor]:
-        """Canonical name → fp32 tensor on the CPU, the target's parameters in their order."""
-        weights = {}
-        for name in self.model.parameter_shapes():
-            with safe_open(self._place[name], framework="pt") as file:
-                weights[name] = file.get_tensor(name).float()
-        return weights
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.model.parameter_shapes())
+
+    def __len__(self) -> int:
+        return len(self.model.parameter_shapes())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._place[name], framework="pt") as file:
+            return file.get_tensor(name).float()
 
     def require_tokenizer(self, data: DataFolder) -> None:
         """Raises UserError when the folder's tokenizer gives other ids than the one that the data were built with."""

@@ -28,7 +28,7 @@ from forgetrain.engine.contract import Batch, Engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import fingerprint
 from forgetrain.numerics.device import check_device
-from forgetrain.numerics.init import initial_weights
+from forgetrain.numerics.init import InitialWeights
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.stages import stage_at, stages_of
 from forgetrain.spec.target import Target
@@ -260,8 +260,8 @@ class Job:
     def _restore(self, found: checkpoint.Checkpoint | None) -> None:
         """Brings the engine to a checkpoint, or to the beginning."""
         recipe, initial = self.target.recipe, self.initial
-        weights = initial_weights(self.target.model, recipe.seed) if initial is None else initial.weights()
-        self.engine.load(weights)
+        # Both give one tensor at a time, for a rank that keeps parts may have no room for the whole
+        self.engine.load(InitialWeights(self.target.model, recipe.seed) if initial is None else initial)
         require_moments(self.engine, self.target, self.chosen.name, self.world)
         if found is not None:
             checkpoint.load(self.engine, found.path, self.world)
