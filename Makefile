@@ -38,12 +38,15 @@ setup-dev: .venv/dev.stamp
 preflight:
 	@$(PYTHON) scripts/setup.py --check
 
+# Slow tests that do not mind being run two at a time; the others kill processes at chosen moments, or time steps.
+TIMELESS := tests/forge/test_align.py tests/redteam tests/engine tests/reference
+
 test: setup-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: setup-dev
-	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 tests/forge/test_align.py
-	$(BIN)/python -m pytest -m "slow and not gpu" --ignore tests/forge/test_align.py
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 $(TIMELESS)
+	$(BIN)/python -m pytest -m "slow and not gpu" $(addprefix --ignore ,$(TIMELESS))
 
 soak: setup-dev
 	$(BIN)/python -m tests.soak.soak --kills 100 --ranks 1
