@@ -181,7 +181,7 @@ def test_attempts_of_a_round_are_judged_at_once_and_must_beat_who_was_elected_me
     reasons = [line.split(": ")[2].partition(" (")[0] for line in lines[:5]]
     assert reasons == [
         "elected, 1.500 times the champion",
-        "not confirmed",
+        "not confirmed by G7",
         "rejected by G4",
         "nothing more",  # of the second round, before its candidates are judged
         "was judged before",

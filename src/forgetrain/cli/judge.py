@@ -139,6 +139,6 @@ def keep(runs: Path, target: Target, file: Path, judgement: Judgement) -> None:
 
 
 def roofline_seconds(target: Target) -> float:
-    from forgetrain.spec.estimate import least_step_seconds
+    from forgetrain.judge.bound import least_step_seconds
 
     return least_step_seconds(target, partial(console.print, markup=False, highlight=False, soft_wrap=True))

@@ -16,10 +16,10 @@ from forgetrain.forge.optimise import Loop, plan_of
 from forgetrain.forge.profile import profile_engine
 from forgetrain.forge.proposers.base import Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
+from forgetrain.judge.bound import least_step_seconds
 from forgetrain.judge.cluster import Cluster
 from forgetrain.judge.ledger import Ledger
 from forgetrain.judge.runner import Effort, Judge
-from forgetrain.spec.estimate import least_step_seconds
 from forgetrain.spec.target import Target
 
 

@@ -380,9 +380,9 @@ class Loop:
         if not (judgement.sandboxed or trusted or self.allow_unsandboxed):
             return "rejected", "unsandboxed, so not elected; see --allow-unsandboxed", None
         confirmed, judging = self._through_gates(digest, champion, "confirmation", ["G7"])
-        detail = confirmed.verdicts[-1].detail or {}
-        if not confirmed.passed:
-            return "rejected", f"not confirmed: {detail.get('ratio', 0):.3f} times the champion", detail.get("ratio")
+        failed, detail = confirmed.first_failure(), confirmed.verdicts[-1].detail or {}
+        if failed is not None:  # it may be slower now, or broken, or refused as impossible: its verdict says which
+            return "rejected", f"not confirmed by {failed.gate}: {failed.explanation}", detail.get("ratio")
         self.ledger.elect(judging, ratio=detail["ratio"], low=detail["low"], high=detail["high"])
         self.first_failure = None
         return "accepted", f"elected, {detail['ratio']:.3f} times the champion", detail["ratio"]

@@ -14,10 +14,8 @@ optimizer count as bytes, not as FLOPs. The recomputation inside attention's bac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from forgetrain.errors import UserError
 from forgetrain.spec.hardware import Device, Dtype, hardware_of, units
 from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.stages import stages_of
@@ -238,15 +236,6 @@ def roofline(target: Target) -> Roofline:
         attention=tokens * flops.attention_causal / peak,
         traffic=moving / (device.bandwidth * count),
     )
-
-
-def least_step_seconds(target: Target, say: Callable[[str], None]) -> float:
-    """Seconds that no step can be faster than; 0, and a line that says so, on hardware that the table lacks."""
-    try:
-        return roofline(target.at_race_shape()).bound
-    except UserError as error:
-        say(f"no roofline: {error}")
-        return 0.0
 
 
 def estimate_target(target: Target, *, shard: bool = False, shard_optimizer: bool = False) -> Estimate:
