@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from forgetrain.spec.target import Parallel
+from forgetrain.spec.parallel import Parallel
 from forgetrain.train.world import make_mesh
 
 SECONDS = 120.0

@@ -8,7 +8,8 @@ from forgetrain.engine.process import EngineProcess
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.init import initial_weights
-from forgetrain.spec.target import Parallel, parse_target
+from forgetrain.spec.parallel import Parallel
+from forgetrain.spec.target import parse_target
 from tests.engine.test_scale import RATE, assert_near, assert_same, module_of, on_ranks
 from tests.tiny import random_batch, tiny_target
 

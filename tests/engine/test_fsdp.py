@@ -9,7 +9,7 @@ from forgetrain.engine.plan import FSDP, Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.init import initial_weights
-from forgetrain.spec.target import Parallel
+from forgetrain.spec.parallel import Parallel
 from tests.engine.ranks import run_ranks
 from tests.engine.test_production import engine_of, worst_difference
 from tests.engine.test_scale import RATE, SINGLE, assert_near, assert_same, on_ranks, rows_of, take_steps_on

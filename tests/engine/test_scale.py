@@ -10,7 +10,7 @@ from forgetrain.engine.contract import Batch, Shard, weight_hash
 from forgetrain.engine.plan import SCALE, Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.numerics.init import initial_weights
-from forgetrain.spec.target import Parallel
+from forgetrain.spec.parallel import Parallel
 from tests.engine.ranks import run_ranks
 from tests.tiny import random_batch, tiny_target
 

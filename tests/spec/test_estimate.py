@@ -23,7 +23,8 @@ from forgetrain.spec.estimate import (
     traffic,
 )
 from forgetrain.spec.hardware import HARDWARE
-from forgetrain.spec.target import Parallel, load_target
+from forgetrain.spec.parallel import Parallel
+from forgetrain.spec.target import load_target
 from tests.tiny import tiny_target
 
 TARGETS = Path(__file__).parents[2] / "targets"

@@ -12,7 +12,8 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.process import EngineProcess
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
-from forgetrain.spec.target import Parallel, parse_target
+from forgetrain.spec.parallel import Parallel
+from forgetrain.spec.target import parse_target
 from forgetrain.train.loop import train
 from forgetrain.train.metrics import read_journal
 from forgetrain.train.verified import choose_engine

@@ -76,7 +76,7 @@ def written(folder: Path) -> int:
 
 def excess(pid: int, limits: Mapping[str, int], folder: Path | None = None) -> str | None:
     """In words, what the tree below ``pid`` has more of than ``limits`` allow: processes, bytes resident, and bytes
-    written to ``folder``; a limit that is not named allows all. None when it keeps to them."""
+    written to ``folder``; other limits are not looked at, nor is what no limit names. None when it keeps to them."""
     used = usage(pid)
     now = {"processes": used.processes, "resident": used.resident_bytes}
     if folder is not None:

@@ -18,11 +18,12 @@ import sys
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import ruff
 
-from forgetrain.engine.plan import FSDP, SCALE, SCHEDULE, STRUCTURE, Plan
+from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
 from forgetrain.ops import blocked, context, native, products, regions, rope
 from forgetrain.ops.table import OPS
@@ -95,17 +96,14 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     decided = [*used, *((*SCHEDULE, *(() if muon else SCALE)) if production else STRUCTURE)]
     if production and plan["attention_kernel"] == "native":
         decided.remove("attention_block")
-    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
-    template = _TEMPLATES.get_template("production.py.j2" if production else "decoder.py.j2")
-    text = template.render(
-        title=f"A pre-training engine for {target.name}, written by ForgeTrain: forward, loss, backward, update.",
-        header="\n".join(header).strip(),
-        m=model,
-        model=model.model_dump(mode="json", exclude=_NOT_COMPUTED),
-        documents=target.data.documents,
+    return _rendered(
+        "production.py.j2" if production else "decoder.py.j2",
+        target,
+        plan,
+        facts,
+        [(key, name) for key, name in plan.items() if key in decided],
         muon=muon,
         sources=_sources(functions, compiled),
-        plan=dict(plan.items()),
         attention_source=importlib.resources.files("forgetrain.ops.cpu").joinpath("attention.cpp").read_text("utf-8"),
         tensor=target.parallel.tensor,
         context=target.parallel.context,
@@ -114,6 +112,22 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
         residual_scale="None" if model.residual_scale is None else "RESIDUAL_SCALE",
         **_layer_names(target, plan),
+    )
+
+
+def _rendered(
+    template: str, target: Target, plan: Plan, facts: Iterable[str], decided: list[tuple[str, str]], **values: Any
+) -> str:
+    """A template with what every one asks for. decided: the plan's choices that the engine's header names."""
+    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in decided)]
+    text = _TEMPLATES.get_template(template).render(
+        target=target.name,
+        header="\n".join(header).strip(),
+        m=target.model,
+        model=target.model.model_dump(mode="json", exclude=_NOT_COMPUTED),
+        documents=target.data.documents,
+        plan=dict(plan.items()),
+        **values,
     )
     return format_source(text)
 
@@ -155,22 +169,19 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         if given != needed:
             remedy = f"set it to {needed!r}, or choose another schedule in the plan"
             raise UserError("the hopper schedule has no kernel for it", key=key, value=given, remedy=remedy)
-    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items())]
     sharded = plan["optimizer_state"] == "sharded"
-    text = _TEMPLATES.get_template("hopper.py.j2").render(
-        title=f"A pre-training engine for {target.name}, written by ForgeTrain: forward, loss, backward, update.",
-        header="\n".join(header).strip(),
-        m=model,
-        model=model.model_dump(mode="json", exclude=_NOT_COMPUTED),
-        documents=target.data.documents,
+    return _rendered(
+        "hopper.py.j2",
+        target,
+        plan,
+        facts,
+        plan.items(),
         sources="\n\n".join(_module_source(name) for name in _HOPPER_MODULES),
-        plan=dict(plan.items()),
         sharded=sharded,
         tensor=1,
         flat="weight" if sharded else "master",
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
     )
-    return format_source(text)
 
 
 def write_fsdp(target: Target, plan: Plan, facts: Iterable[str]) -> str:
@@ -182,18 +193,8 @@ def write_fsdp(target: Target, plan: Plan, facts: Iterable[str]) -> str:
             value=target.recipe.optimizer,
             remedy="set it to 'adamw', or choose another schedule in the plan",
         )
-    decided = ("schedule", *FSDP)
-    header = [*facts, "", "Plan:", *(f"    {key} = {name}" for key, name in plan.items() if key in decided)]
-    text = _TEMPLATES.get_template("fsdp.py.j2").render(
-        title=f"A pre-training engine for {target.name}, written by ForgeTrain: torch's modules, sharded by FSDP2.",
-        header="\n".join(header).strip(),
-        m=target.model,
-        model=target.model.model_dump(mode="json", exclude=_NOT_COMPUTED),
-        documents=target.data.documents,
-        sources=_sources([rope.rope_tables_textbook_forward, rope.rope_textbook_forward], []),
-        plan=dict(plan.items()),
-    )
-    return format_source(text)
+    sources = _sources([rope.rope_tables_textbook_forward, rope.rope_textbook_forward], [])
+    return _rendered("fsdp.py.j2", target, plan, facts, plan.items(), sources=sources)
 
 
 def _module_source(name: str) -> str:

@@ -69,7 +69,6 @@ class ShippedCommand:
 
     def _wait(self, process: subprocess.Popen[bytes], printed: Tail, kill_at: int | None) -> str | None:
         deadline, watch = time.monotonic() + self.timeout, 0.0
-        limits = {name: self.box.limits[name] for name in ("processes", "resident")}
         while process.poll() is None:
             if kill_at is not None and folder_of(self.run_folder / "checkpoints", kill_at).is_dir():
                 return None
@@ -77,7 +76,7 @@ class ShippedCommand:
                 return f"did not end within {self.timeout:.0f} s"
             if time.monotonic() > watch:
                 watch = time.monotonic() + _WATCH
-                over = tree.excess(process.pid, limits)
+                over = tree.excess(process.pid, self.box.limits)
                 if over is not None:
                     return over
             time.sleep(_LOOK)

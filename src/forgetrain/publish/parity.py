@@ -23,7 +23,8 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.publish.hf import DTYPES, Exported
-from forgetrain.spec.target import Parallel, Target, parse_target
+from forgetrain.spec.parallel import Parallel
+from forgetrain.spec.target import Target, parse_target
 from forgetrain.train import checkpoint
 
 TOLERANCE = 2e-5

@@ -189,8 +189,7 @@ def micro_batch_tokens(target: Target) -> int:
 
 
 def memory(target: Target, *, shard: bool = False, shard_optimizer: bool = False) -> Memory:
-    """Bytes on each rank, in the stage of the longest sequences; layers and rows are split as ``parallel``
-    says.
+    """Bytes on each rank, in the stage of the longest sequences; layers and rows are split as ``parallel`` says.
 
     shard: weights, gradients and optimizer are divided over the data and context ranks, as FSDP does; shard_optimizer:
     the optimizer alone, as ZeRO-1 does, where fp32 weights, which are their own masters, stay whole.

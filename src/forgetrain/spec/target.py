@@ -1,7 +1,7 @@
 """The target: one TOML file that says which model, recipe, precision, hardware, data and reference.
 
-Every default of ForgeTrain lives in this module. ``Target.plain()`` is what travels to engines, which cannot import
-this package: a nested dict of plain values.
+Every default of ForgeTrain lives in this module, but ``[parallel]``'s, which are in ``spec.parallel``.
+``Target.plain()`` is what travels to engines, which cannot import this package: a nested dict of plain values.
 
     target = load_target("targets/nano-cpu.toml", overrides=["recipe.lr=3e-4"])
     target.model.head_dim, target.name
@@ -16,17 +16,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from forgetrain.errors import UserError
-
-Positive = Annotated[int, Field(gt=0)]
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from forgetrain.spec.parallel import Parallel
+from forgetrain.spec.section import Positive, Ratio, Section, Weight
 
 
 class Model(Section):
@@ -164,28 +158,6 @@ class Hardware(Section):
     @property
     def device(self) -> Literal["cpu", "cuda"]:
         return "cpu" if self.name == "cpu" else "cuda"
-
-
-class Parallel(Section):
-    """How ranks share the work. Those that ``tensor`` and ``context`` do not take are data-parallel."""
-
-    tensor: Positive = 1  # ranks that hold each layer together: heads, feed-forward and vocabulary are split over them
-    context: Positive = 1  # ranks that hold each row together: its positions are split over them
-
-    @property
-    def sharing(self) -> int:
-        """Ranks that get the same rows; they follow one another, those of a layer the closest."""
-        return self.tensor * self.context
-
-    def require_fit(self, ranks: int, whose: str, remedy: str) -> None:
-        """Raises UserError when so many ranks do not divide into groups that share layers and rows; ``whose`` says
-        which ranks these are."""
-        if ranks % self.tensor:
-            raise UserError(f"does not divide {whose}", key="parallel.tensor", value=self.tensor, remedy=remedy)
-        if ranks % self.sharing:
-            layers = f", {self.tensor} to a layer" if self.tensor > 1 else ""
-            problem = f"does not divide {whose}{layers}"
-            raise UserError(problem, key="parallel.context", value=self.context, remedy=remedy)
 
 
 class Source(Section):

@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import set_cuda_environment
-from forgetrain.spec.target import Parallel
+from forgetrain.spec.parallel import Parallel
 from forgetrain.train.peers import Peers
 
 T = TypeVar("T")
