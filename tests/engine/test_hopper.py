@@ -1,6 +1,7 @@
 """The hopper schedule against the float64 oracle: in fp32 under Triton's interpreter, on a GPU in both dtypes."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install forge
 ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAN = Plan({"schedule": "hopper"})
+FAST = Plan({"schedule": "hopper", "attention_library": "flash4", "swiglu_library": "quack"})
 ARCHITECTURES = ["minicpm5", "tied", "mha", "minicpm4"]
 SMALL = {"batch_size": 2, "micro_batch_size": 1, "sequence_length": 8}  # the interpreter is slow
 
@@ -58,10 +60,12 @@ def errors(target, folder, precision, plan=PLAN):
     return abs(float(result.loss) - float(truth.loss)), norm, gradient, worst("master", truth.master, 1.0)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_step_is_the_oracles_in_fp32(architecture, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "plan"), [*((each, PLAN) for each in ARCHITECTURES), ("minicpm5", FAST), ("minicpm4", FAST)]
+)
+def test_one_step_is_the_oracles_in_fp32(architecture, plan, tmp_path):
     target = tiny_target(architecture, recipe=SMALL)
-    loss, norm, gradient, weight = errors(target, tmp_path, "fp32")
+    loss, norm, gradient, weight = errors(target, tmp_path, "fp32", plan)
     assert loss < 1e-5
     assert norm < 1e-5
     assert gradient < 1e-5
@@ -70,9 +74,15 @@ def test_one_step_is_the_oracles_in_fp32(architecture, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weight_gradients", HOPPER["weight_gradients"][0])
+@pytest.mark.parametrize("library", HOPPER["attention_library"][0])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_one_step_is_near_the_oracles_in_bf16(architecture, weight_gradients, tmp_path):
-    target, plan = tiny_target(architecture), PLAN.with_choice("weight_gradients", weight_gradients)
+def test_one_step_is_near_the_oracles_in_bf16(architecture, library, weight_gradients, tmp_path):
+    if library == "flash4":
+        pytest.importorskip(
+            "flash_attn.cute", reason="FlashAttention-4 is not installed: pip install forgetrain[hopper]"
+        )
+    target = tiny_target(architecture, model={"head_dim": 64})
+    plan = PLAN.with_choice("weight_gradients", weight_gradients).with_choice("attention_library", library)
     loss, norm, gradient, _ = errors(target, tmp_path, "bf16", plan)
     assert loss < 2e-2
     assert norm < 2e-2
@@ -92,13 +102,14 @@ def test_restoring_a_state_goes_on_bit_for_bit(tmp_path):
         assert torch.equal(second.state()[name].tensor, shard.tensor), name
 
 
-def test_sharded_states_are_the_replicated_ones(tmp_path):
+@pytest.mark.parametrize("plan", [PLAN, FAST], ids=["torch", "flash4-quack"])
+def test_sharded_states_are_the_replicated_ones(plan, tmp_path):
     """On one rank bit for bit; on two, what a sum's order leaves."""
     target = tiny_target(recipe=SMALL, model={"num_hidden_layers": 1})
     modules = {}
     for states in SCALE["optimizer_state"][0]:
         path = tmp_path / f"{states}.py"
-        path.write_text(write_engine(target, PLAN.with_choice("optimizer_state", states)))
+        path.write_text(write_engine(target, plan.with_choice("optimizer_state", states)))
         modules[states] = load_engine(path)
     alone = {states: on_ranks(1, module, target, last=2) for states, module in modules.items()}
     assert_same(alone["sharded"], alone["replicated"])
@@ -167,6 +178,21 @@ def test_the_file_imports_torch_and_triton_alone():
     roots = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert roots == {"__future__", "collections", "ctypes", "functools", "typing", "torch", "triton"}
     assert max(map(len, source.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("key", "choice", "missing"),
+    [("attention_library", "flash4", "flash_attn.cute.interface"), ("swiglu_library", "quack", "quack.gemm_config")],
+)
+def test_a_package_that_is_missing_is_named_before_anything_is_compiled(key, choice, missing, tmp_path, monkeypatch):
+    target, path = tiny_target(), tmp_path / "hopper.py"
+    path.write_text(write_engine(target, PLAN.with_choice(key, choice)))
+    module = load_engine(path)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with pytest.raises(ValueError, match=r"pip install 'forgetrain\[hopper\]'"):
+        module.build(target.plain(), device="cuda", precision="bf16", mesh=None)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")

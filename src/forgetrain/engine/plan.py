@@ -82,6 +82,15 @@ PRODUCTS = tuple(
     for product in ("forward", "input_grad", "weight_grad")
 )
 HOPPER: dict[str, tuple[tuple[str, ...], str]] = {
+    "attention_library": (
+        ("cudnn", "flash4"),
+        "torch's cuDNN; or FlashAttention-4, a package of its own, whose backward pass leaves nothing to pack",
+    ),
+    "swiglu_library": (
+        ("triton", "quack"),
+        "SwiGLU in kernels of its own; or in the epilogues of the products around it, which are then quack's, and for "
+        "which gates and ups alternate in memory",
+    ),
     "weight_gradients": (
         ("inline", "beside"),
         "where weight gradients run: in their turn, or on a second stream, filling what the others leave idle",

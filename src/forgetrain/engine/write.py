@@ -59,8 +59,11 @@ _CONTEXT_ATTENTION = [
     context.attention_context_backward,
 ]
 
-#: The modules of ops.cuda that the hopper schedule is made of.
+#: The modules of ops.cuda that the hopper schedule is made of, and those that a choice adds.
 _HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swiglu", "cross_entropy", "adamw")
+_HOPPER_LIBRARIES = {"flash4": "flash_attention", "quack": "gated"}
+#: The products that are not cuBLASLt's where quack has SwiGLU in their epilogues.
+_QUACK_PRODUCTS = ("rank_gate_up_forward", "rank_down_input_grad")
 
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
@@ -170,13 +173,16 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
             remedy = f"set it to {needed!r}, or choose another schedule in the plan"
             raise UserError("the hopper schedule has no kernel for it", key=key, value=given, remedy=remedy)
     sharded = plan["optimizer_state"] == "sharded"
+    chosen = {name: name in (plan["attention_library"], plan["swiglu_library"]) for name in _HOPPER_LIBRARIES}
+    modules = [*_HOPPER_MODULES, *(module for name, module in _HOPPER_LIBRARIES.items() if chosen[name])]
     return _rendered(
         "hopper.py.j2",
         target,
         plan,
         facts,
-        plan.items(),
-        sources="\n\n".join(_module_source(name) for name in _HOPPER_MODULES),
+        [(key, name) for key, name in plan.items() if not (chosen["quack"] and key in _QUACK_PRODUCTS)],
+        sources="\n\n".join(map(_module_source, modules)),
+        **chosen,
         sharded=sharded,
         tensor=1,
         flat="weight" if sharded else "master",

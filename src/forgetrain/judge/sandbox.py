@@ -39,6 +39,8 @@ _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime"
 #: Bits depend on what torch reads here: cores, caches and memory nodes.
 _SYS_CPU = ("/sys/devices/system/cpu", "/sys/devices/system/node")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+#: What a GPU's engine may be written for besides torch, and where of it Python must look; bound if it is installed.
+_GPU_PACKAGES, _GPU_PATHS = ("flash-attn-4", "quack-kernels"), (_SITE / "nvidia_cutlass_dsl" / "dsl_packages",)
 _SYS_GPU = ("/sys/bus/pci", "/sys/class", "/sys/devices", "/sys/module/nvidia")
 
 
@@ -196,7 +198,8 @@ def _arguments(device: str, project: bool) -> tuple[str, ...]:
         arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     for folder in _SYS_CPU if device == "cpu" else (*_SYS_CPU, *_SYS_GPU):
         arguments += ["--ro-bind-try", folder, folder]
-    for package in packages("torch", "numpy", *(_project_needs() if project else ())):
+    gpu = device == "cuda"
+    for package in packages("torch", "numpy", *(_GPU_PACKAGES if gpu else ()), *(_project_needs() if project else ())):
         arguments += ["--ro-bind", str(package), str(_SITE / package.name)]
     if project:
         own = Path(forgetrain.__file__).parent
@@ -206,7 +209,7 @@ def _arguments(device: str, project: bool) -> tuple[str, ...]:
         "TMPDIR": "/tmp",
         "USER": "forge",  # torch.compile names its cache after the user, who has no entry in a password file here
         "PATH": "/usr/local/cuda/bin:/usr/local/bin:/usr/bin:/bin",
-        "PYTHONPATH": str(_SITE),
+        "PYTHONPATH": ":".join(map(str, (_SITE, *(_GPU_PATHS if gpu else ())))),
         **RUNTIME,
     }
     for name, value in environment.items():

@@ -1,5 +1,7 @@
 """Each kernel against its formula in float64; on a CPU under Triton's interpreter, else on the GPU."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,7 +9,18 @@ from tests.ops.oracle import DTYPES, TOLERANCE, randn, relative
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install forgetrain[gpu]")
 
-from forgetrain.ops.cuda import adamw, attention, cross_entropy, embedding, linear, rmsnorm, rope, swiglu
+from forgetrain.ops.cuda import (
+    adamw,
+    attention,
+    cross_entropy,
+    embedding,
+    flash_attention,
+    gated,
+    linear,
+    rmsnorm,
+    rope,
+    swiglu,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -49,16 +62,49 @@ def test_a_norm_without_a_branch_leaves_its_input():
     near(y, x.double() / torch.sqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * weight.double(), x.dtype)
 
 
+def gates_and_ups(gate_up, alternating):
+    return (gate_up[:, 0::2], gate_up[:, 1::2]) if alternating else gate_up.chunk(2, dim=1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu(dtype):
+@pytest.mark.parametrize("alternating", [False, True])
+def test_swiglu(alternating, dtype):
     gate_up, d_act = inputs((5, 160), (5, 80), dtype=dtype)
     leaf = gate_up.double().requires_grad_()
-    expected = torch.nn.functional.silu(leaf[:, :80]) * leaf[:, 80:]
+    gate, up = gates_and_ups(leaf, alternating)
+    expected = torch.nn.functional.silu(gate) * up
     (wanted,) = torch.autograd.grad(expected, leaf, d_act.double())
-    near(swiglu.swiglu_forward(gate_up), expected, dtype)
-    found = swiglu.swiglu_backward_(gate_up, d_act)
+    near(swiglu.swiglu_forward(gate_up, alternating), expected, dtype)
+    found = swiglu.swiglu_backward_(gate_up, d_act, alternating)
     assert found is gate_up
     near(found, wanted, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
+def test_swiglu_in_the_epilogues_of_its_products(alpha):
+    pytest.importorskip("quack", reason="quack is not installed: pip install forgetrain[hopper]")
+    dtype, tokens, hidden, width = torch.bfloat16, 500, 256, 320
+    x, weight, down, d_y = inputs((tokens, hidden), (2 * width, hidden), (hidden, width), (tokens, hidden), dtype=dtype)
+    product = x.double() @ weight.double().t()
+    gate_up, act = gated.gated_forward(x, weight)
+    near(gate_up, product, dtype)
+    leaf = gate_up.double().requires_grad_()
+    gate, up = gates_and_ups(leaf, alternating=True)
+    expected = torch.nn.functional.silu(gate) * up
+    near(act, torch.nn.functional.silu(product[:, 0::2]) * product[:, 1::2], dtype)
+    (wanted,) = torch.autograd.grad(expected, leaf, alpha * d_y.double() @ down.double())
+    found, act = gated.gated_backward_(d_y, down, gate_up, alpha)
+    assert found is gate_up
+    near(found, wanted, dtype)
+    near(act, alpha * expected, dtype)
+
+
+def test_quack_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "quack.gemm_config", None)
+    gated.gated_kernels.cache_clear()
+    with pytest.raises(ImportError, match=r"quack.*pip install 'forgetrain\[hopper\]'"):
+        gated.gated_kernels()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,6 +131,11 @@ def test_rope(copies, dtype):
     d_out = [d_q.double()] + [d.double().view(-1, groups, copies, width).sum(2).flatten(1) for d in (d_k, d_v)]
     (wanted,) = torch.autograd.grad(turned, leaf, d_out)
     near(rope.rope_backward(d_q, d_k, d_v, cos, sin, groups, width), wanted, dtype)
+    if copies == 1:
+        packed = torch.cat((d_q, d_k, d_v), dim=1)
+        found = rope.rope_backward_(packed, cos, sin, heads, groups, width)
+        assert found is packed
+        near(found, wanted, dtype)
     rope.rope_forward_(qkv, cos, sin, heads, groups, width)
     near(qkv, torch.cat(turned, dim=1), dtype)
 
@@ -133,23 +184,48 @@ def test_linear(rank, dtype):
     near(grad, 1000.0 + 0.5 * d_y.double().t() @ x.double(), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32] if DEVICE == "cpu" else DTYPES)
-def test_attention(dtype):
-    rows, length, heads, groups, width = 2, 24, 4, 2, 64
+def attention_case(dtype, width, length=24, rows=2, heads=4, groups=2):
+    """q, k and v as views of one product, the context's gradient; the context and the gradients in float64."""
     (qkv,) = inputs((rows * length, (heads + 2 * groups) * width), dtype=dtype)
-    q, k, v = (x.double().requires_grad_() for x in attention.split_heads(qkv, rows, heads, groups, width))
+    views = attention.split_heads(qkv, rows, heads, groups, width)
+    q, k, v = (x.double().requires_grad_() for x in views)
     expanded = (x.repeat_interleave(heads // groups, 1) for x in (k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(q, *expanded, is_causal=True)
     d_out = randn(rows, length, heads, width, seed=9).to(DEVICE, dtype).transpose(1, 2)
-    wanted = torch.autograd.grad(expected, (q, k, v), d_out.double())
+    return views, d_out, expected, torch.autograd.grad(expected, (q, k, v), d_out.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32] if DEVICE == "cpu" else DTYPES)
+def test_attention(dtype):
+    views, d_out, expected, wanted = attention_case(dtype, width=64)
     exact = dtype == torch.float32
     forward = attention.exact_attention_forward if exact else attention.cudnn_attention_forward
     backward = attention.exact_attention_backward if exact else attention.cudnn_attention_backward
-    out, saved = forward(*attention.split_heads(qkv, rows, heads, groups, width))
+    out, saved = forward(*views)
     assert out.transpose(1, 2).is_contiguous()
     near(out, expected, dtype)
     for found, want in zip(backward(saved, d_out), wanted, strict=True):
         near(found, want, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128])
+def test_flash_attention(width):
+    pytest.importorskip("flash_attn.cute", reason="FlashAttention-4 is not installed: pip install forgetrain[hopper]")
+    views, d_out, expected, wanted = attention_case(torch.bfloat16, width, length=300)
+    out, saved = flash_attention.flash_attention_forward(*views)
+    assert out.transpose(1, 2).is_contiguous()
+    near(out, expected, torch.bfloat16)
+    d_qkv = flash_attention.flash_attention_backward(saved, d_out)
+    for found, want in zip(attention.split_heads(d_qkv, 2, 4, 2, width), wanted, strict=True):
+        near(found, want, torch.bfloat16)
+
+
+def test_flash_attention_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", None)
+    flash_attention.flash_kernels.cache_clear()
+    with pytest.raises(ImportError, match=r"pip install 'forgetrain\[hopper\]'"):
+        flash_attention.flash_kernels()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

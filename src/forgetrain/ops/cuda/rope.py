@@ -1,8 +1,9 @@
 """RoPE (arXiv 2104.09864, halves rotated as in Llama) on the packed product of the attention's input.
 
 qkv is [T, (H + 2G) * K]: all query heads, then key heads, then value heads. Forward turns queries and keys where
-they lie; backward turns the gradients that attention left back and packs them, dv included, in the same pass. Tables
-are cos and sin [S, K / 2] in fp32, arithmetic is fp32 and rounds once. A token's position is its index modulo S.
+they lie. Backward turns the gradients that attention left back: where they lie too, or, if they are three tensors,
+packing them, dv included, in the same pass. Tables are cos and sin [S, K / 2] in fp32, arithmetic is fp32 and rounds
+once. A token's position is its index modulo S.
 
     first' = first * cos - second * sin        second' = second * cos + first * sin
 """
@@ -29,7 +30,7 @@ def rope_tables(length: int, head_dim: int, theta: float, device: str) -> tuple[
 def rope_kernel(
     qkv_ptr, cos_ptr, sin_ptr, tokens, length,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    HEADS_EACH: tl.constexpr,
+    HEADS_EACH: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, HALF)
@@ -37,6 +38,8 @@ def rope_kernel(
     table = (row % length)[:, None] * (K // 2) + col[None, :]
     cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
+    if BACK:
+        sin = -sin
     for i in range(HEADS_EACH):
         head = tl.program_id(1) * HEADS_EACH + i
         here = inside & (head < HEADS)
@@ -86,12 +89,21 @@ def rope_backward_kernel(
 
 def rope_forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int) -> None:
     """Turns the H query and G key heads of qkv [T, (H + 2G) * K] in place."""
+    turn_(qkv, cos, sin, heads + groups, head_dim, back=False)
+
+
+def rope_backward_(d_qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int) -> Tensor:
+    """Turns the gradient of qkv back in place, and returns it."""
+    turn_(d_qkv, cos, sin, heads + groups, head_dim, back=True)
+    return d_qkv
+
+
+def turn_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool) -> None:
     tokens, width = qkv.shape
     rows, each = 16, 3
-    grid = (triton.cdiv(tokens, rows), triton.cdiv(heads + groups, each))
-    rope_kernel[grid](
-        qkv, cos, sin, tokens, cos.shape[0], WIDTH=width, HEADS=heads + groups, K=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, HEADS_EACH=each, num_warps=4,
+    rope_kernel[(triton.cdiv(tokens, rows), triton.cdiv(heads, each))](
+        qkv, cos, sin, tokens, cos.shape[0], WIDTH=width, HEADS=heads, K=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, HEADS_EACH=each, BACK=back, num_warps=4,
     )  # fmt: skip
 
 
