@@ -2,14 +2,16 @@
 
 Plan:
     schedule = hopper
+    optimizer_state = replicated
+    attention_library = flash4
+    swiglu_library = quack
     weight_gradients = inline
-    rank_qkv_forward = 0
+    rank_qkv_forward = 6
     rank_qkv_input_grad = 0
     rank_qkv_weight_grad = 0
     rank_o_forward = 6
     rank_o_input_grad = 4
     rank_o_weight_grad = 2
-    rank_gate_up_forward = 7
     rank_gate_up_input_grad = 0
     rank_gate_up_weight_grad = 0
     rank_down_forward = 0
@@ -27,7 +29,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +56,7 @@ MODEL = {
     "dim_model_base": None,
 }
 DOCUMENTS = "ignore"
-DETERMINISTIC = False  # cuDNN's attention backward adds in an order of its own
+DETERMINISTIC = False  # the attention's backward adds in an order of its own
 LAYERS, HEADS, GROUPS, HEAD_DIM = 24, 16, 2, 128
 HIDDEN, INTERMEDIATE, VOCAB = 1536, 4608, 130560
 Q_WIDTH, KV_WIDTH = HEADS * HEAD_DIM, GROUPS * HEAD_DIM
@@ -394,8 +396,9 @@ def norm_weight_grad_(partial: Tensor, grad: Tensor) -> None:
 # RoPE (arXiv 2104.09864, halves rotated as in Llama) on the packed product of the attention's input.
 #
 # qkv is [T, (H + 2G) * K]: all query heads, then key heads, then value heads. Forward turns queries and keys where
-# they lie; backward turns the gradients that attention left back and packs them, dv included, in the same pass. Tables
-# are cos and sin [S, K / 2] in fp32, arithmetic is fp32 and rounds once. A token's position is its index modulo S.
+# they lie. Backward turns the gradients that attention left back: where they lie too, or, if they are three tensors,
+# packing them, dv included, in the same pass. Tables are cos and sin [S, K / 2] in fp32, arithmetic is fp32 and rounds
+# once. A token's position is its index modulo S.
 #
 #     first' = first * cos - second * sin        second' = second * cos + first * sin
 
@@ -411,7 +414,7 @@ def rope_tables(length: int, head_dim: int, theta: float, device: str) -> tuple[
 def rope_kernel(
     qkv_ptr, cos_ptr, sin_ptr, tokens, length,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    HEADS_EACH: tl.constexpr,
+    HEADS_EACH: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, HALF)
@@ -419,6 +422,8 @@ def rope_kernel(
     table = (row % length)[:, None] * (K // 2) + col[None, :]
     cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
+    if BACK:
+        sin = -sin
     for i in range(HEADS_EACH):
         head = tl.program_id(1) * HEADS_EACH + i
         here = inside & (head < HEADS)
@@ -468,12 +473,21 @@ def rope_backward_kernel(
 
 def rope_forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int) -> None:
     """Turns the H query and G key heads of qkv [T, (H + 2G) * K] in place."""
+    turn_(qkv, cos, sin, heads + groups, head_dim, back=False)
+
+
+def rope_backward_(d_qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int) -> Tensor:
+    """Turns the gradient of qkv back in place, and returns it."""
+    turn_(d_qkv, cos, sin, heads + groups, head_dim, back=True)
+    return d_qkv
+
+
+def turn_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool) -> None:
     tokens, width = qkv.shape
     rows, each = 16, 3
-    grid = (triton.cdiv(tokens, rows), triton.cdiv(heads + groups, each))
-    rope_kernel[grid](
-        qkv, cos, sin, tokens, cos.shape[0], WIDTH=width, HEADS=heads + groups, K=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, HEADS_EACH=each, num_warps=4,
+    rope_kernel[(triton.cdiv(tokens, rows), triton.cdiv(heads, each))](
+        qkv, cos, sin, tokens, cos.shape[0], WIDTH=width, HEADS=heads, K=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, HEADS_EACH=each, BACK=back, num_warps=4,
     )  # fmt: skip
 
 
@@ -540,7 +554,7 @@ def exact_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tenso
     return d_q, d_k.reshape(groups).sum(2), d_v.reshape(groups).sum(2)
 
 
-# SwiGLU (arXiv 2002.05202) on the packed product: gate_up [T, 2F] holds gates, then ups.
+# SwiGLU (arXiv 2002.05202) on the packed product: gate_up [T, 2F] holds gates, then ups, or both in turns.
 #
 #     act = silu(gate) * up            d_up = d_act * silu(gate)
 #     d_gate = d_act * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
@@ -550,46 +564,57 @@ def exact_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tenso
 
 @triton.jit
 def swiglu_kernel(
-    gate_up_ptr, act_ptr, rows, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    gate_up_ptr, act_ptr, rows,
+    F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
     inside = (row < rows) & (col < F)
-    at = gate_up_ptr + row * (2 * F) + col
+    at = gate_up_ptr + row * (2 * F) + col * STEP
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + UP, mask=inside, other=0.0).to(tl.float32)
     tl.store(act_ptr + row * F + col, gate * tl.sigmoid(gate) * up, mask=inside)
 
 
 @triton.jit
 def swiglu_backward_kernel(
-    gate_up_ptr, d_act_ptr, rows, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    gate_up_ptr, d_act_ptr, rows,
+    F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
     inside = (row < rows) & (col < F)
-    at = gate_up_ptr + row * (2 * F) + col
+    at = gate_up_ptr + row * (2 * F) + col * STEP
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(at + F, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(at + UP, mask=inside, other=0.0).to(tl.float32)
     d_act = tl.load(d_act_ptr + row * F + col, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     tl.store(at, d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), mask=inside)
-    tl.store(at + F, d_act * gate * sigmoid, mask=inside)
+    tl.store(at + UP, d_act * gate * sigmoid, mask=inside)
 
 
-def swiglu_forward(gate_up: Tensor) -> Tensor:
+def places_of(width: int, alternating: bool) -> dict[str, int]:
+    """Where the gates of [T, 2 * width] lie, and the ups behind them."""
+    return {"STEP": 2, "UP": 1} if alternating else {"STEP": 1, "UP": width}
+
+
+def swiglu_forward(gate_up: Tensor, alternating: bool = False) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     act = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, 1024))
-    swiglu_kernel[grid](gate_up, act, rows, F=width, ROWS=1, COLS=1024, num_warps=4)
+    swiglu_kernel[grid](
+        gate_up, act, rows, F=width, ROWS=1, COLS=1024, **places_of(width, alternating), num_warps=4
+    )  # fmt: skip
     return act
 
 
-def swiglu_backward_(gate_up: Tensor, d_act: Tensor) -> Tensor:
+def swiglu_backward_(gate_up: Tensor, d_act: Tensor, alternating: bool = False) -> Tensor:
     """Overwrites gate_up [T, 2F] with its gradient, and returns it."""
     rows, width = d_act.shape
     grid = (rows, triton.cdiv(width, 1024))
-    swiglu_backward_kernel[grid](gate_up, d_act, rows, F=width, ROWS=1, COLS=1024, num_warps=4)
+    swiglu_backward_kernel[grid](
+        gate_up, d_act, rows, F=width, ROWS=1, COLS=1024, **places_of(width, alternating), num_warps=4
+    )  # fmt: skip
     return gate_up
 
 
@@ -745,6 +770,75 @@ def adamw_(
     return applied
 
 
+# Causal attention by FlashAttention-4 (the package flash-attn-4), whose kernels for Hopper are faster than cuDNN's.
+#
+# Its two functions are called without its autograd: backward writes the gradients of queries, keys and values where
+# they lie in the gradient of qkv [T, (H + 2G) * K], so that nothing packs them later. It takes bf16, accumulates in
+# fp32, and adds up the gradient of a query in whatever order its blocks come.
+
+
+@functools.cache
+def flash_kernels() -> tuple[Callable, Callable]:
+    """Forward and backward. Raises ImportError, with the remedy, where the package is missing."""
+    try:
+        from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd  # pyright: ignore
+    except ImportError as error:
+        raise ImportError(f"FlashAttention-4 is missing ({error}): pip install 'forgetrain[hopper]'") from error
+    return _flash_attn_fwd, _flash_attn_bwd
+
+
+def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
+    """Returns the context [N, H, S, K], laid out [N, S, H, K] in memory as q is, and what backward needs."""
+    forward, _ = flash_kernels()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    # a block of several query heads is the faster for narrow heads, and the slower for wide ones
+    packed = q.shape[-1] < 128
+    out, lse = forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True, pack_gqa=packed)[:2]
+    return out.transpose(1, 2), (q, k, v, out, lse)
+
+
+def flash_attention_backward(saved: tuple, d_out: Tensor) -> Tensor:
+    """d_out [N, H, S, K], laid out as the context. Returns the gradient of qkv as RoPE left it, [T, (H + 2G) * K]."""
+    _, backward = flash_kernels()
+    q, k, v, out, lse = saved
+    rows, length, heads, width = q.shape
+    groups = k.shape[2]
+    d_qkv = torch.empty(rows, length, heads + 2 * groups, width, dtype=q.dtype, device=q.device)
+    d_q, d_k, d_v = d_qkv.split([heads, groups, groups], dim=2)
+    scale = width**-0.5
+    backward(q, k, v, out, d_out.transpose(1, 2), lse, softmax_scale=scale, causal=True, dq=d_q, dk=d_k, dv=d_v)
+    return d_qkv.view(rows * length, -1)
+
+
+# SwiGLU (arXiv 2002.05202) in the epilogue of the product before it, by quack (the package quack-kernels).
+#
+#     gate_up = x · weightᵀ        act = silu(gate) * up
+#
+# Gates and ups alternate: row 2i of the weight [2F, D], and so column 2i of gate_up [T, 2F], is of gate i, the next of up
+# i, so that one thread of the epilogue holds both. In bf16; the sum and SwiGLU are fp32 and round once.
+
+
+@functools.cache
+def gated_kernel() -> tuple[Callable, dict[str, Any]]:
+    """The product, and how it runs: with the tile that was fastest at the GPU's power limit for both models measured.
+    Raises ImportError, with the remedy, where the package is missing."""
+    try:
+        from quack.gemm_config import GemmConfig  # pyright: ignore
+        from quack.gemm_interface import gemm_gated  # pyright: ignore
+    except ImportError as error:
+        raise ImportError(f"quack is missing ({error}): pip install 'forgetrain[hopper]'") from error
+    tile = GemmConfig(tile_m=128, tile_n=192, pingpong=True, is_dynamic_persistent=False, cluster_m=2, cluster_n=1)
+    return gemm_gated, {"activation": "swiglu", "config": tile, "dynamic_scheduler": False}
+
+
+def gated_forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, D] → gate_up [T, 2F] and act [T, F]."""
+    product, options = gated_kernel()
+    gate_up, act = (x.new_empty(x.shape[0], width) for width in (weight.shape[0], weight.shape[0] // 2))
+    product(x, weight.t(), preact_out=gate_up, postact_out=act, **options)
+    return gate_up, act
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights: one flat buffer each for masters, gradients and moments; matrices, which decay, lie before vectors.
 
@@ -775,7 +869,7 @@ def canonical_views(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for part, rows in zip("qkv", tensor.split([Q_WIDTH, KV_WIDTH, KV_WIDTH]), strict=True):
                 views[name.replace(".qkv_proj.", f".{part}_proj.")] = rows
         elif ".gate_up_proj." in name:
-            for part, rows in zip(("gate", "up"), tensor.split(INTERMEDIATE), strict=True):
+            for part, rows in zip(("gate", "up"), (tensor[0::2], tensor[1::2]), strict=True):
                 views[name.replace(".gate_up_proj.", f".{part}_proj.")] = rows
         else:
             views[name] = tensor
@@ -877,17 +971,23 @@ class Engine:
     def layer(self, layer: str, x: Tensor, normed1: Tensor, rstd1: Tensor, micro: MicroBatch) -> Kept:
         """From the normed input to the input of the down projection."""
         w, rows = self.weight, micro.tokens.shape[0]
-        qkv = linear_forward(normed1, w[layer + "self_attn.qkv_proj.weight"], rank=0)
+        qkv = linear_forward(normed1, w[layer + "self_attn.qkv_proj.weight"], rank=6)
         rope_forward_(qkv, micro.cos, micro.sin, HEADS, GROUPS, HEAD_DIM)
-        forward = exact_attention_forward if self.dtype == torch.float32 else cudnn_attention_forward
+        forward = exact_attention_forward if self.dtype == torch.float32 else flash_attention_forward
         out, attention = forward(*split_heads(qkv, rows, HEADS, GROUPS, HEAD_DIM))
         context = out.transpose(1, 2).view(-1, Q_WIDTH)
         branch = linear_forward(context, w[layer + "self_attn.o_proj.weight"], rank=6)
         norm = w[layer + "post_attention_layernorm.weight"]
         middle, normed2, rstd2 = add_norm_forward(x, branch, norm, EPS, RESIDUAL_SCALE)
-        gate_up = linear_forward(normed2, w[layer + "mlp.gate_up_proj.weight"], rank=7)
-        activated = swiglu_forward(gate_up)
+        gate_up, activated = self.mlp_forward(normed2, w[layer + "mlp.gate_up_proj.weight"])
         return Kept(x, rstd1, normed1, attention, context, middle, rstd2, normed2, gate_up, activated)
+
+    def mlp_forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The product with gates and ups, [T, 2F], and SwiGLU of it, [T, F]."""
+        if self.dtype != torch.float32:
+            return gated_forward(x, weight)
+        gate_up = linear_forward(x, weight, rank=7)
+        return gate_up, swiglu_forward(gate_up, alternating=True)
 
     def head(self, normed: Tensor, micro: MicroBatch, gradient: bool) -> tuple[Tensor, Tensor]:
         """The micro-batch's share of the loss, fp32 [], and the logits, which are their own gradient if asked for."""
@@ -919,7 +1019,7 @@ class Engine:
         attn, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         self.weight_grad(mlp + "down_proj.weight", dx, kept.activated, rank=0, alpha=RESIDUAL_SCALE)
         d_activated = linear_input_grad(dx, w[mlp + "down_proj.weight"], rank=5, alpha=RESIDUAL_SCALE)
-        d_gate_up = swiglu_backward_(kept.gate_up, d_activated)
+        d_gate_up = swiglu_backward_(kept.gate_up, d_activated, alternating=True)
         self.weight_grad(mlp + "gate_up_proj.weight", d_gate_up, kept.normed2, rank=0)
         d_normed = linear_input_grad(d_gate_up, w[mlp + "gate_up_proj.weight"], rank=0)
         norm = w[f"model.layers.{i}.post_attention_layernorm.weight"]
@@ -927,14 +1027,21 @@ class Engine:
 
         self.weight_grad(attn + "o_proj.weight", dx, kept.context, rank=2, alpha=RESIDUAL_SCALE)
         d_context = linear_input_grad(dx, w[attn + "o_proj.weight"], rank=4, alpha=RESIDUAL_SCALE)
-        backward = exact_attention_backward if self.dtype == torch.float32 else cudnn_attention_backward
         d_out = d_context.view(rows, -1, HEADS, HEAD_DIM).transpose(1, 2)
-        d_q, d_k, d_v = (d.transpose(1, 2).reshape(dx.shape[0], -1) for d in backward(kept.attention, d_out))
-        d_qkv = rope_backward(d_q, d_k, d_v, micro.cos, micro.sin, GROUPS, HEAD_DIM)
+        d_qkv = self.attention_backward(kept.attention, d_out, micro)
         self.weight_grad(attn + "qkv_proj.weight", d_qkv, kept.normed1, rank=0)
         d_normed = linear_input_grad(d_qkv, w[attn + "qkv_proj.weight"], rank=0)
         norm = w[f"model.layers.{i}.input_layernorm.weight"]
         return add_norm_backward((kept.x, kept.rstd1, norm), d_normed, dx, micro.partials[2 * i])
+
+    def attention_backward(self, saved: tuple, d_out: Tensor, micro: MicroBatch) -> Tensor:
+        """The gradient of the packed product, [T, Q_WIDTH + 2 * KV_WIDTH], from that of the context [N, H, S, K]."""
+        if self.dtype != torch.float32:
+            d_qkv = flash_attention_backward(saved, d_out)
+            return rope_backward_(d_qkv, micro.cos, micro.sin, HEADS, GROUPS, HEAD_DIM)
+        backward = exact_attention_backward
+        d_q, d_k, d_v = (d.transpose(1, 2).flatten(2).flatten(0, 1) for d in backward(saved, d_out))
+        return rope_backward(d_q, d_k, d_v, micro.cos, micro.sin, GROUPS, HEAD_DIM)
 
     def weight_grad(self, name: str, d_y: Tensor, x: Tensor, rank: int, alpha: float = 1.0) -> None:
         linear_weight_grad_(self.grad[name], d_y, x, rank, alpha)
@@ -1083,6 +1190,12 @@ def check_device(device: torch.device, precision: str) -> None:
     if torch.cuda.get_device_capability(device) != (9, 0):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"this engine is for a Hopper GPU (H100, H200), not for {name}: forge one for it")
-    version = torch.backends.cudnn.version() or 0
-    if precision == "bf16" and version < 90000:
-        raise ValueError(f"this engine needs cuDNN 9 for its attention, torch has {version}: install a newer torch")
+    if precision == "bf16":
+        for library in (
+            flash_kernels,
+            gated_kernel,
+        ):
+            try:
+                library()
+            except ImportError as error:
+                raise ValueError(f"this engine needs more than torch: {error}") from error

@@ -102,7 +102,7 @@ attempt("pydantic", lambda: __import__("pydantic"))
 attempt("parent", lambda: os.kill({pid}, 0) if {pid} > 50 else open("/nowhere"))
 attempt("parent's memory", lambda: open("/proc/{pid}/mem"))
 attempt("own file", lambda: open(__file__, "a"))
-for folder in ("/", "/usr", "/dev", "/forge", "/site", "/etc"):
+for folder in ("/", "/usr", "/dev", "/forge", "/site-packages", "/etc"):
     attempt("write " + folder, lambda: open(folder + "/x", "w"))
 attempt("disk", lambda: [open("/tmp/%d" % i, "wb").write(bytes(1 << 28)) for i in range(12)])
 for path in glob.glob("/tmp/*"): os.path.isfile(path) and os.remove(path)

@@ -88,8 +88,8 @@ HOPPER: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "swiglu_library": (
         ("triton", "quack"),
-        "SwiGLU in kernels of its own; or in the epilogues of the products around it, which are then quack's, and for "
-        "which gates and ups alternate in memory",
+        "SwiGLU in a kernel of its own; or in the epilogue of the product before it, which is then quack's, with gates "
+        "and ups alternating in memory",
     ),
     "weight_gradients": (
         ("inline", "beside"),

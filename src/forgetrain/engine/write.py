@@ -62,8 +62,6 @@ _CONTEXT_ATTENTION = [
 #: The modules of ops.cuda that the hopper schedule is made of, and those that a choice adds.
 _HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swiglu", "cross_entropy", "adamw")
 _HOPPER_LIBRARIES = {"flash4": "flash_attention", "quack": "gated"}
-#: The products that are not cuBLASLt's where quack has SwiGLU in their epilogues.
-_QUACK_PRODUCTS = ("rank_gate_up_forward", "rank_down_input_grad")
 
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
@@ -180,7 +178,7 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         target,
         plan,
         facts,
-        [(key, name) for key, name in plan.items() if not (chosen["quack"] and key in _QUACK_PRODUCTS)],
+        [(key, name) for key, name in plan.items() if not (chosen["quack"] and key == "rank_gate_up_forward")],
         sources="\n\n".join(map(_module_source, modules)),
         **chosen,
         sharded=sharded,

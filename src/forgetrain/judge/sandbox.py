@@ -5,8 +5,8 @@
     box.sandboxed, box.description          # True, "bubblewrap 0.8.0: own user, process, network ... namespaces"
 
 Inside there is no network, no home, no repository and no environment of this project's: the interpreter and /usr are
-bound read-only, torch's own packages one by one under /site, the two files that serve an engine and the candidate
-under /forge. Only /tmp and /dev/shm can be written, both in memory and of bounded size, and a folder for what
+bound read-only, torch's own packages one by one under /site-packages, the two files that serve an engine and the
+candidate under /forge. Only /tmp and /dev/shm can be written, both in memory and of bounded size, and a folder for what
 torch.compile and triton make, when one is given: a candidate's processes share it, so that only the first compiles.
 """
 
@@ -32,7 +32,7 @@ SCRATCH = 2 << 30  # bytes in /tmp, and as many in /dev/shm and of compiled code
 PROCESSES = 256  # torch.compile starts a worker a core, and each of them a compiler
 _ADDRESSES = 16 << 30  # address space that is mapped but not resident: libraries, stacks, allocators' arenas
 _INSIDE = Path("/forge")
-_SITE = Path("/site")
+_SITE = Path("/site-packages")  # by that name libraries tell what is installed from what is a user's
 _CACHE = Path("/cache")
 #: What of /etc programs need: the dynamic linker's cache, and names of compilers.
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")

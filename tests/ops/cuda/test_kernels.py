@@ -81,30 +81,21 @@ def test_swiglu(alternating, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("alpha", [1.0, 0.25])
-def test_swiglu_in_the_epilogues_of_its_products(alpha):
+def test_swiglu_in_the_epilogue_of_its_product():
     pytest.importorskip("quack", reason="quack is not installed: pip install forgetrain[hopper]")
-    dtype, tokens, hidden, width = torch.bfloat16, 500, 256, 320
-    x, weight, down, d_y = inputs((tokens, hidden), (2 * width, hidden), (hidden, width), (tokens, hidden), dtype=dtype)
+    x, weight = inputs((500, 256), (640, 256), dtype=torch.bfloat16)
     product = x.double() @ weight.double().t()
+    gate, up = gates_and_ups(product, alternating=True)
     gate_up, act = gated.gated_forward(x, weight)
-    near(gate_up, product, dtype)
-    leaf = gate_up.double().requires_grad_()
-    gate, up = gates_and_ups(leaf, alternating=True)
-    expected = torch.nn.functional.silu(gate) * up
-    near(act, torch.nn.functional.silu(product[:, 0::2]) * product[:, 1::2], dtype)
-    (wanted,) = torch.autograd.grad(expected, leaf, alpha * d_y.double() @ down.double())
-    found, act = gated.gated_backward_(d_y, down, gate_up, alpha)
-    assert found is gate_up
-    near(found, wanted, dtype)
-    near(act, alpha * expected, dtype)
+    near(gate_up, product, torch.bfloat16)
+    near(act, torch.nn.functional.silu(gate) * up, torch.bfloat16)
 
 
 def test_quack_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "quack.gemm_config", None)
-    gated.gated_kernels.cache_clear()
+    gated.gated_kernel.cache_clear()
     with pytest.raises(ImportError, match=r"quack.*pip install 'forgetrain\[hopper\]'"):
-        gated.gated_kernels()
+        gated.gated_kernel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
