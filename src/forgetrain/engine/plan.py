@@ -57,14 +57,6 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "attention_block": (("32", "16", "64", "128"), "query positions whose scores exist at a time; for blocked"),
     "head_rows": (("512", "256", "1024", "2048"), "tokens whose logits exist at a time"),
 }
-#: The op whose time each of those choices decides.
-SIZED = {
-    "products": "linear",
-    "attention_kernel": "attention",
-    "attention_block": "attention",
-    "head_rows": "cross_entropy",
-}
-
 #: What the production and hopper schedules decide for a run on several ranks; on one all choices give the same bits.
 #: Sharded comes first for the memory that it was measured to save (docs/scale.md has its time too).
 SCALE: dict[str, tuple[tuple[str, ...], str]] = {
@@ -96,6 +88,17 @@ HOPPER: dict[str, tuple[tuple[str, ...], str]] = {
         "where weight gradients run: in their turn, or on a second stream, filling what the others leave idle",
     ),
     **{key: (tuple("01234567"), "cuBLASLt's algorithm for this product") for key in PRODUCTS},
+}
+
+#: The op whose time each of those choices decides; products in the order of their size.
+SIZED = {
+    "products": "linear",
+    "attention_kernel": "attention",
+    "attention_block": "attention",
+    "head_rows": "cross_entropy",
+    "attention_library": "attention",
+    "swiglu_library": "swiglu",
+    **{key: "linear" for weight in ("gate_up", "down", "head", "qkv", "o") for key in PRODUCTS if f"_{weight}_" in key},
 }
 
 #: What only the fsdp schedule decides.

@@ -1,3 +1,4 @@
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -59,3 +60,40 @@ def test_the_choices_of_the_op_farthest_from_its_roofline_come_first(worst, keys
     changed = [{k for k, name in p.plan.items() if name != first.plan[k]} for p in following]
     assert changed == [{key} for key in keys]
     assert len({p.source for p in following}) == len(keys)
+
+
+def on_a_gpu(**sections):
+    return tiny_target(hardware={"name": "h200"}, precision={"dtype": "bf16"}, **sections)
+
+
+@pytest.mark.parametrize(
+    ("installed", "libraries"),
+    [
+        ((), ("cudnn", "triton")),
+        (("flash_attn",), ("flash4", "triton")),
+        (("flash_attn", "quack"), ("flash4", "quack")),
+    ],
+)
+def test_a_hopper_gpu_gets_its_schedule_with_the_libraries_that_are_installed(installed, libraries, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    catalogue = Catalogue(on_a_gpu(), Plan.textbook())
+    first = catalogue.propose(brief())
+    assert isinstance(first, Proposal)
+    assert first.plan is not None
+    assert first.plan["schedule"] == "hopper"
+    assert (first.plan["attention_library"], first.plan["swiglu_library"]) == libraries
+    assert first.message.startswith(f"hopper schedule: attention_library {libraries[0]}, swiglu_library {libraries[1]}")
+    catalogue.tell(first.source, 5.0)
+    told = replace(brief(), champion=first.source, plan=first.plan, gaps=("linear", "attention"))
+    following = [catalogue.propose(told) for _ in range(9)]
+    changed = [{k: name for k, name in p.plan.items() if name != first.plan[k]} for p in following]
+    rank = "rank_gate_up_input_grad" if "quack" in installed else "rank_gate_up_forward"
+    assert changed[:7] == [{rank: str(number)} for number in range(1, 8)]
+
+
+def test_a_model_without_hopper_kernels_gets_the_production_schedule_there():
+    first = Catalogue(on_a_gpu(model={"qk_norm": True}), Plan.textbook()).propose(brief())
+    assert isinstance(first, Proposal)
+    assert first.plan is not None
+    assert first.plan["schedule"] == "production"
+    assert first.plan["attention_kernel"] == "blocked"
