@@ -72,7 +72,7 @@ def megatron_step(settings: dict) -> tuple[Step, Release]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     m, recipe = settings["target"]["model"], settings["target"]["recipe"]
-    dist.init_process_group("nccl", rank=0, world_size=1, init_method="tcp://127.0.0.1:29517")
+    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.HashStore())
     parallel_state.initialize_model_parallel(1, 1)
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(

@@ -9,14 +9,16 @@ from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.numerics.init import initial_weights
 from tests.tiny import tiny_target
 
+EXPLICIT = Plan.textbook()
+HOPPER = Plan({"schedule": "hopper", "attention_library": "flash4"})
 CUTS = (5, 11)  # three documents in each row of 16
 
 
-def step(folder, documents, changed):
+def step(folder, documents, changed, architecture="qwen3", plan=EXPLICIT):
     """Loss and gradients of the first and third documents, after a token of the second is changed, or not."""
-    target = tiny_target("qwen3", data={"documents": documents})
+    target = tiny_target(architecture, data={"documents": documents})
     path = folder / f"{documents.replace('+', '-')}.py"
-    path.write_text(write_engine(target, Plan.textbook()))
+    path.write_text(write_engine(target, plan))
     engine = load_engine(path).build(target.plain(), device="cpu", precision="fp32", mesh=None)
     engine.load(initial_weights(target.model, seed=1))
     tokens = torch.randint(0, 96, (4, 17), generator=torch.Generator().manual_seed(7))
@@ -40,8 +42,15 @@ def one_thread():
 
 
 @pytest.mark.parametrize("documents", ["mask", "mask+reset"])
-def test_other_documents_feel_nothing(tmp_path, documents):
-    (loss, gradients), (other, others) = (step(tmp_path, documents, changed) for changed in (False, True))
+@pytest.mark.parametrize(
+    ("architecture", "plan"), [("qwen3", EXPLICIT), ("minicpm5", HOPPER)], ids=["explicit", "hopper"]
+)
+def test_other_documents_feel_nothing(tmp_path, architecture, plan, documents):
+    if plan == HOPPER:
+        pytest.importorskip("triton", reason="Triton is not installed: pip install forgetrain[gpu]")
+    (loss, gradients), (other, others) = (
+        step(tmp_path, documents, changed, architecture, plan) for changed in (False, True)
+    )
     assert torch.equal(loss, other)
     assert all(torch.equal(gradients[name], others[name]) for name in gradients)
     assert all(bool(gradient.any()) for gradient in gradients.values())

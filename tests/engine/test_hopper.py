@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from forgetrain.engine.contract import Batch
+from forgetrain.engine.contract import Batch, make_batch
 from forgetrain.engine.plan import HOPPER, SCALE, Plan
 from forgetrain.engine.write import load_engine, source_hash, write_engine
 from forgetrain.errors import UserError
@@ -43,11 +43,13 @@ def batch_of(target, seed):
 
 def errors(target, folder, precision, plan=PLAN):
     """Relative error of the loss, and the worst of any gradient and any weight, after one step from zero moments."""
-    weights, batch = initial_weights(target.model, seed=1), random_batch(target, 3)
+    weights = initial_weights(target.model, seed=1)
+    batch = random_batch(target, 3, documents=target.data.documents != "ignore")
     truth = oracle_step(target, weights, batch, 1e-2, precision=precision)
     engine = engine_of(target, folder, precision, plan)
-    evaluated = float(engine.loss(batch_of(target, 3)))
-    result, state = engine.step(batch_of(target, 3), 1e-2), engine.state()
+    batch = Batch(*(field.to(DEVICE) for field in batch))
+    evaluated = float(engine.loss(batch))
+    result, state = engine.step(batch, 1e-2), engine.state()
     assert bool(result.applied)
     assert int(state["step"].tensor) == 1
     assert evaluated == pytest.approx(float(result.loss), rel=1e-5)
@@ -71,6 +73,27 @@ def test_one_step_is_the_oracles_in_fp32(architecture, plan, tmp_path):
     assert norm < 1e-5
     assert gradient < 1e-5
     assert weight < 1e-4
+
+
+@pytest.mark.parametrize("documents", ["mask", "mask+reset"])
+def test_documents_are_parted_as_the_oracle_parts_them(documents, tmp_path):
+    target = tiny_target(recipe=SMALL, data={"documents": documents})
+    loss, norm, gradient, weight = errors(target, tmp_path, "fp32", FAST)
+    assert loss < 1e-5
+    assert norm < 1e-5
+    assert gradient < 1e-5
+    assert weight < 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", ["mask", "mask+reset"])
+def test_documents_are_parted_in_bf16(documents, tmp_path):
+    pytest.importorskip("flash_attn.cute", reason="not installed: pip install forgetrain[hopper]")
+    target = tiny_target(model={"head_dim": 64}, data={"documents": documents})
+    loss, norm, gradient, _ = errors(target, tmp_path, "bf16", FAST)
+    assert loss < 2e-2
+    assert norm < 2e-2
+    assert gradient < 5e-2
 
 
 @pytest.mark.gpu
@@ -145,6 +168,28 @@ def test_a_norm_that_is_not_finite_moves_nothing(tmp_path):
     assert not bool(result.applied)
     assert torch.equal(engine.master, before)
     assert bool(engine.step(batch, 1e-2).applied)
+
+
+def test_there_is_room_for_as_many_documents_as_there_are(tmp_path):
+    """Each token of a micro-batch is one, where the fixed number is 64 else."""
+    length = 128
+    recipe, model = {**SMALL, "sequence_length": length}, {"max_position_embeddings": length}
+    target = tiny_target(data={"documents": "mask"}, recipe=recipe, model=model)
+    engine = engine_of(target, tmp_path, plan=FAST)
+    tokens = torch.zeros(2, length, dtype=torch.int64, device=DEVICE)
+    few, many = (torch.arange(0, 2 * length, step, device=DEVICE) for step in (40, 1))
+    batch = make_batch(tokens, tokens, None, few)
+    assert engine.room(batch) == 64
+    micro = engine.fill(batch, slice(1, 2), (1, length, 64))
+    assert micro.documents[:6].tolist() == [0, 32, 72, 112, 128, 128]
+    assert micro.documents[6:].eq(length).all()
+    assert micro.first[30:34].tolist() == [0, 0, 32, 32]
+    batch = make_batch(tokens, tokens, None, many)
+    assert engine.room(batch) == length
+    micro = engine.fill(batch, slice(1, 2), (1, length, length))
+    assert micro.documents.tolist() == list(range(length + 1))
+    assert micro.first.tolist() == list(range(length))
+    assert engine.room(make_batch(tokens, tokens, None, few)) == length
 
 
 @pytest.mark.parametrize(

@@ -160,9 +160,15 @@ def require_ranks(target: Target, plan: Plan) -> None:
 
 def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
     """The engine of the hopper schedule. Raises UserError for what its kernels do not have."""
-    model = target.model
+    model, documents = target.model, target.data.documents
+    if documents != "ignore" and plan["attention_library"] != "flash4":
+        raise UserError(
+            "the hopper schedule parts documents with FlashAttention-4 alone",
+            key="data.documents",
+            value=documents,
+            remedy="choose attention_library = \"flash4\" in the plan, or set it to 'ignore'",
+        )
     for key, given, needed in (
-        ("data.documents", target.data.documents, "ignore"),
         ("model.attention_bias", model.attention_bias, False),
         ("model.qk_norm", model.qk_norm, False),
         ("recipe.optimizer", target.recipe.optimizer, "adamw"),
@@ -181,6 +187,8 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         [(key, name) for key, name in plan.items() if not (chosen["quack"] and key == "rank_gate_up_forward")],
         sources="\n\n".join(map(_module_source, modules)),
         **chosen,
+        masked=documents != "ignore",
+        first=", micro.first" if documents == "mask+reset" else "",
         sharded=sharded,
         tensor=1,
         flat="weight" if sharded else "master",

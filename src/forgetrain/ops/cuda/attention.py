@@ -33,11 +33,14 @@ def cudnn_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tenso
     )
 
 
-def exact_attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
+def exact_attention_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> tuple[Tensor, tuple]:
+    """``first``, int32 [N * S]: where in its row the document begins beyond which a token does not look back."""
     copies, length = q.shape[1] // k.shape[1], q.shape[2]
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    if first is not None:
+        hidden = hidden | (torch.arange(length, device=q.device) < first.view(-1, 1, length, 1))
     scores = (q @ k.repeat_interleave(copies, 1).mT) * q.shape[-1] ** -0.5
-    p = scores.masked_fill_(future, -torch.inf).softmax(-1)
+    p = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
     out = p @ v.repeat_interleave(copies, 1)
     return out.transpose(1, 2).contiguous().transpose(1, 2), (q, k, v, p)
 

@@ -24,24 +24,30 @@ def flash_kernels() -> tuple[Callable, Callable]:
     return _flash_attn_fwd, _flash_attn_bwd
 
 
-def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
-    """Returns the context [N, H, S, K], laid out [N, S, H, K] in memory as q is, and what backward needs."""
+def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> tuple[Tensor, tuple]:
+    """Returns the context [N, H, S, K], laid out [N, S, H, K] in memory as q is, and what backward needs.
+
+    ``documents``: int32, ascending boundaries in the N * S tokens beyond which no token looks, also those of the rows.
+    One that repeats is a document without tokens, so that their number can be fixed."""
     forward, _ = flash_kernels()
+    rows, heads, length, width = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    options = {"softmax_scale": width**-0.5, "causal": True}
+    if documents is not None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), documents)
+        options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), length)
     # a block of several query heads is the faster for narrow heads, and the slower for wide ones
-    packed = q.shape[-1] < 128
-    out, lse = forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True, pack_gqa=packed)[:2]
-    return out.transpose(1, 2), (q, k, v, out, lse)
+    out, lse = forward(q, k, v, return_lse=True, pack_gqa=width < 128, **options)[:2]
+    return out.view(rows, length, heads, width).transpose(1, 2), (q, k, v, out, lse, options)
 
 
 def flash_attention_backward(saved: tuple, d_out: Tensor) -> Tensor:
     """d_out [N, H, S, K], laid out as the context. Returns the gradient of qkv as RoPE left it, [T, (H + 2G) * K]."""
     _, backward = flash_kernels()
-    q, k, v, out, lse = saved
-    rows, length, heads, width = q.shape
-    groups = k.shape[2]
-    d_qkv = torch.empty(rows, length, heads + 2 * groups, width, dtype=q.dtype, device=q.device)
-    d_q, d_k, d_v = d_qkv.split([heads, groups, groups], dim=2)
-    scale = width**-0.5
-    backward(q, k, v, out, d_out.transpose(1, 2), lse, softmax_scale=scale, causal=True, dq=d_q, dk=d_k, dv=d_v)
-    return d_qkv.view(rows * length, -1)
+    q, k, v, out, lse, options = saved
+    heads, groups, width = q.shape[-2], k.shape[-2], q.shape[-1]
+    d_qkv = torch.empty(*q.shape[:-2], heads + 2 * groups, width, dtype=q.dtype, device=q.device)
+    d_q, d_k, d_v = d_qkv.split([heads, groups, groups], dim=-2)
+    backward(q, k, v, out, d_out.transpose(1, 2).reshape(out.shape), lse, dq=d_q, dk=d_k, dv=d_v, **options)
+    return d_qkv.view(-1, (heads + 2 * groups) * width)

@@ -3,7 +3,8 @@
 qkv is [T, (H + 2G) * K]: all query heads, then key heads, then value heads. Forward turns queries and keys where
 they lie. Backward turns the gradients that attention left back: where they lie too, or, if they are three tensors,
 packing them, dv included, in the same pass. Tables are cos and sin [S, K / 2] in fp32, arithmetic is fp32 and rounds
-once. A token's position is its index modulo S.
+once. A token's position is its index modulo S, less where in its row its document begins if that is given: ``first``
+[T], int32.
 
     first' = first * cos - second * sin        second' = second * cos + first * sin
 """
@@ -28,14 +29,17 @@ def rope_tables(length: int, head_dim: int, theta: float, device: str) -> tuple[
 
 @triton.jit
 def rope_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, tokens, length,
+    qkv_ptr, cos_ptr, sin_ptr, first_ptr, tokens, length,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    HEADS_EACH: tl.constexpr, BACK: tl.constexpr,
+    HEADS_EACH: tl.constexpr, BACK: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, HALF)
     inside = (row[:, None] < tokens) & (col[None, :] < K // 2)
-    table = (row % length)[:, None] * (K // 2) + col[None, :]
+    position = row % length
+    if RESET:
+        position -= tl.load(first_ptr + row, mask=row < tokens, other=0)
+    table = position[:, None] * (K // 2) + col[None, :]
     cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
     if BACK:
@@ -52,14 +56,18 @@ def rope_kernel(
 
 @triton.jit
 def rope_backward_kernel(
-    dq_ptr, dk_ptr, dv_ptr, out_ptr, cos_ptr, sin_ptr, tokens, length,
+    dq_ptr, dk_ptr, dv_ptr, out_ptr, cos_ptr, sin_ptr, first_ptr, tokens, length,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr,
+    RESET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wide = row.to(tl.int64)[:, None]
     col = tl.arange(0, HALF)[None, :]
     inside = (row[:, None] < tokens) & (col < K // 2)
-    table = (row % length)[:, None] * (K // 2) + col
+    position = row % length
+    if RESET:
+        position -= tl.load(first_ptr + row, mask=row < tokens, other=0)
+    table = position[:, None] * (K // 2) + col
     cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
     part = tl.program_id(1)  # one key/value head with its queries
@@ -87,34 +95,49 @@ def rope_backward_kernel(
     tl.store(out + (H + G + part) * K + K // 2, v_second, mask=inside)
 
 
-def rope_forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int) -> None:
+def rope_forward_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int, first: Tensor | None = None
+) -> None:
     """Turns the H query and G key heads of qkv [T, (H + 2G) * K] in place."""
-    turn_(qkv, cos, sin, heads + groups, head_dim, back=False)
+    turn_(qkv, cos, sin, heads + groups, head_dim, first, back=False)
 
 
-def rope_backward_(d_qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int) -> Tensor:
+def rope_backward_(
+    d_qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int, first: Tensor | None = None
+) -> Tensor:
     """Turns the gradient of qkv back in place, and returns it."""
-    turn_(d_qkv, cos, sin, heads + groups, head_dim, back=True)
+    turn_(d_qkv, cos, sin, heads + groups, head_dim, first, back=True)
     return d_qkv
 
 
-def turn_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool) -> None:
+def turn_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, first: Tensor | None, back: bool) -> None:
     tokens, width = qkv.shape
     rows, each = 16, 3
     rope_kernel[(triton.cdiv(tokens, rows), triton.cdiv(heads, each))](
-        qkv, cos, sin, tokens, cos.shape[0], WIDTH=width, HEADS=heads, K=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, HEADS_EACH=each, BACK=back, num_warps=4,
+        qkv, cos, sin, first, tokens, cos.shape[0], WIDTH=width, HEADS=heads, K=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, HEADS_EACH=each, BACK=back, RESET=first is not None,
+        num_warps=4,
     )  # fmt: skip
 
 
-def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, groups: int, head_dim: int) -> Tensor:
+def rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    groups: int,
+    head_dim: int,
+    first: Tensor | None = None,
+) -> Tensor:
     """dq [T, H * K]; dk, dv [T, C * G * K], where each of the G heads has C copies side by side (C = R when attention
     was given expanded heads, else 1), which are summed in fp32. Returns the gradient of qkv [T, (H + 2G) * K]."""
     tokens, heads = dq.shape[0], dq.shape[1] // head_dim
     out = torch.empty(tokens, (heads + 2 * groups) * head_dim, dtype=dq.dtype, device=dq.device)
     rows = 16
     rope_backward_kernel[(triton.cdiv(tokens, rows), groups)](
-        dq, dk, dv, out, cos, sin, tokens, cos.shape[0], H=heads, G=groups, K=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, COPIES=dk.shape[1] // (groups * head_dim), num_warps=4,
+        dq, dk, dv, out, cos, sin, first, tokens, cos.shape[0], H=heads, G=groups, K=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, COPIES=dk.shape[1] // (groups * head_dim),
+        RESET=first is not None, num_warps=4,
     )  # fmt: skip
     return out
