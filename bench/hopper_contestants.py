@@ -183,7 +183,10 @@ CONTESTANTS: dict[str, Callable[[dict], tuple[Step, Release]]] = {
     "compile": functools.partial(transformers_step, liger=False, compiled=True, pure=False),
 }
 SETTLING = 2.5  # seconds of work after which an H200 has reached its power limit
-PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "transformers", "liger-kernel")
+PACKAGES = (
+    *("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl"),
+    *("megatron-core", "transformer-engine", "transformers", "liger-kernel"),
+)
 
 
 def facts() -> dict[str, Any]:
