@@ -77,7 +77,7 @@ FACTOR = 4.0
 #: each kind of parameter.
 FLOORS = {
     "fp32": {"loss": 1e-5, "grad_norm": 1e-5, "moments": 1e-3},
-    "bf16": {"loss": 3e-3, "grad_norm": 1e-2, "moments": 3e-2},
+    "bf16": {"loss": 3e-3, "grad_norm": 1e-2, "moments": 0.1},
 }
 
 
