@@ -71,6 +71,18 @@ def test_an_honest_engine_in_bf16_passes(parallel, ranks, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "said"), [(1, "world size 1 equals"), (2, "world size 2 equals"), (4, "4 data ranks: ")]
+)
+def test_an_engine_with_the_references_bits_is_held_to_them_where_ranks_allow(ranks, said, tmp_path):
+    target = layout({}, ranks)
+    source = write_engine(target, Plan.textbook())
+    (verdict,) = judged(tmp_path, target, source, bitwise=True, gates=("G3",)).verdicts
+    assert verdict.passed, verdict.explanation
+    assert verdict.explanation.startswith(said)
+
+
+@pytest.mark.slow
 def test_gates_of_one_rank_are_run_on_the_ranks_that_hold_a_layer(tmp_path):
     target = layout(TENSOR, 0)
     verdicts = judged(tmp_path, target, production(target), gates=("contract", "G4.update")).verdicts
@@ -100,7 +112,7 @@ DEFECTS = {
     "tensor ranks keep their own heads' gradients of QK-norm": (
         *(TENSOR, 2, "dist.all_reduce(total, group=self.tensor)"),
         "pass",
-        "2 tensor ranks: ",
+        "disagree: ranks hold different values of ",
     ),
     "a context rank forgets the gradients of its keys": (
         *(CONTEXT, 2, "parted_positions(torch.stack((d_k, d_v)), CONTEXT_PARALLEL)"),
@@ -120,6 +132,15 @@ def test_what_a_rank_leaves_out_is_found(name, tmp_path):
     (verdict,) = judged(tmp_path, target, source.replace(honest, planted), gates=("G3",)).verdicts
     assert not verdict.passed
     assert verdict.explanation.startswith(said), verdict.explanation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(DEFECTS)[:3:2])
+def test_what_a_rank_leaves_out_is_found_in_bf16_too(name, tmp_path):
+    parallel, ranks, honest, planted, _ = DEFECTS[name]
+    target = layout(parallel, ranks, dtype="bf16")
+    (verdict,) = judged(tmp_path, target, production(target).replace(honest, planted), gates=("G3",)).verdicts
+    assert not verdict.passed
 
 
 def test_bits_are_not_asked_of_ranks_that_share(tmp_path):

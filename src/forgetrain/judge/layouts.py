@@ -70,8 +70,13 @@ def _ranks_with_devices(judge: Judge) -> int:
 
 
 def across_ranks(trial: Trial) -> Iterator[Verdict]:
-    """G3: bits, of a candidate that claims the reference's; else distances."""
-    yield _bits(trial) if trial.bitwise else _near(trial)
+    """G3: bits, of a candidate that claims the reference's, where the layout has them; else distances.
+
+    A sum over two ranks has one value. One over four has several, and which it is depends on where in its bucket an
+    element lies: an aligned engine's losses and norm were the reference's there, and its weights were not.
+    """
+    bits = trial.bitwise and _ranks(trial.judge.gates_target) <= 2
+    yield _bits(trial) if bits else _near(trial)
 
 
 @dataclass(frozen=True)
