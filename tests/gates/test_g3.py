@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from forgetrain.gates.g3 import g3
+import math
+
+import pytest
+
+from forgetrain.gates.g3 import g3, g3_near
 from tests.gates.records import trajectory
 
 
@@ -38,3 +42,50 @@ def test_what_was_not_run_does_not_pass():
     assert g3([], [], trajectory(3), trajectory(3)).explanation == "world size 2: nothing was run"
     assert g3(trajectory(3), trajectory(3), [], [], ranks=4).explanation == "resume: nothing was run"
     assert not g3(trajectory(3), trajectory(3), [], []).passed
+
+
+HONEST = {"loss": 1e-7, "grad_norm": 2e-7, "model.norm.weight": 1e-6}
+
+
+def near(found=HONEST, due=None, resumed=None, known_good=HONEST, **options):
+    due = trajectory(3) if due is None else due
+    resumed = due if resumed is None else resumed
+    return g3_near(found, known_good, due, resumed, layout="2 data ranks", precision="fp32", **options)
+
+
+def test_what_rounding_explains_passes():
+    verdict = near()
+    assert verdict.passed
+    assert 0 < verdict.statistic < 1  # type: ignore[operator]
+    assert verdict.explanation.endswith("go on bit for bit over 3 steps")
+
+
+@pytest.mark.parametrize(
+    ("kind", "distance"), [("loss", 1e-4), ("grad_norm", 1e-4), ("grad_norm", math.inf), ("model.norm.weight", 0.1)]
+)
+def test_what_is_further_away_is_named(kind, distance):
+    verdict = near(HONEST | {kind: distance})
+    assert not verdict.passed
+    assert verdict.first_divergence == kind
+    assert verdict.explanation.startswith(f"2 data ranks: {kind} is {distance:.3g} away")
+    assert near(HONEST | {kind: distance}, known_good=HONEST | {kind: distance / 3}).passed is (distance < math.inf)
+
+
+def test_a_layout_that_parts_from_itself_after_a_restart_is_named():
+    verdict = near(resumed=trajectory(3, weight_hash="another"))
+    assert not verdict.passed
+    assert verdict.first_divergence == "resume, step 2: weight_hash"
+    assert verdict.explanation.startswith("resume on 2 data ranks: step 2: weight_hash")
+    assert not near(resumed=trajectory(2)).passed
+    assert not near(due=[], resumed=[]).passed
+
+
+def test_an_engine_that_is_not_deterministic_resumes_within_a_tolerance_of_losses():
+    assert near(resumed=trajectory(3, loss=3.001, weight_hash="another"), tolerance=1e-3).passed
+    assert not near(resumed=trajectory(3, loss=3.1), tolerance=1e-3).passed
+
+
+def test_a_restart_on_all_ranks_counts_too():
+    parts = trajectory(3), trajectory(3, loss=0.5)
+    verdict = g3(*(trajectory(3) for _ in range(4)), ranks=4, restarted_ranks=parts)
+    assert verdict.first_divergence == "resume on 4 ranks, step 2: loss"

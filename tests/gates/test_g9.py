@@ -8,19 +8,20 @@ LOSSES = dict(enumerate(DUE, 1))
 
 def judged(run, tolerance=None):
     runs = {"once through": TrainingRun(LOSSES, "aa"), "killed and resumed": run}
-    return g9(DUE, "aa", runs, ranks=2, tolerance=tolerance)
+    return g9(DUE, "aa", runs, layout="2 data ranks", tolerance=tolerance)
 
 
 def test_equal_runs_pass():
     verdict = judged(TrainingRun(LOSSES, "aa"))
     assert verdict.passed
-    assert "2 ranks" in verdict.explanation
+    assert "2 data ranks" in verdict.explanation
 
 
 @pytest.mark.parametrize(
     ("run", "said"),
     [
         (TrainingRun(LOSSES, "bb"), "last weights"),
+        (TrainingRun(LOSSES, None), "last weights"),  # one that keeps its weights to itself
         (TrainingRun({**LOSSES, 3: 1.2500001}, "aa"), "step 3"),
         (TrainingRun({1: 2.0, 2: 1.5}, "aa"), "2 steps"),
         (TrainingRun({**LOSSES, 3: float("nan")}, "aa"), "step 3"),

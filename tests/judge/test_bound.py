@@ -36,6 +36,14 @@ def test_a_gpus_is_its_roofline():
     assert least_step_seconds(target, print) == roofline(target.at_race_shape()).bound
 
 
+def test_ranks_that_share_a_layer_have_a_devices_rate_each(monkeypatch):
+    monkeypatch.setattr(bound, "measured_gemm_rate", lambda dtype: 1e9)
+    alone = least_step_seconds(tiny_target(), print)
+    assert least_step_seconds(tiny_target(parallel={"tensor": 2}), print) == pytest.approx(alone / 2)
+    gpu = tiny_target(hardware={"name": "h200"}, parallel={"context": 2})
+    assert least_step_seconds(gpu, print) == roofline(gpu.at_race_shape()).bound / 2
+
+
 def test_hardware_that_the_table_lacks_bounds_nothing():
     said = []
     target = tiny_target()

@@ -10,15 +10,14 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.judge.runner import Judge
 from tests.corpus import built
+from tests.judge.test_layouts import BOTH, CONTEXT, TENSOR, production
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """Judges an engine's source by G9 alone."""
-    folder = tmp_path_factory.mktemp("g9")
-    target, data = built(folder)
+def judge_of(folder, **sections):
+    """A target with tokens, and what judges an engine's source by G9 alone."""
+    target, data = built(folder, **sections)
 
     def of(source: str):
         file = folder / "candidate.py"
@@ -27,6 +26,11 @@ def judged(tmp_path_factory):
             return judge.judge(file, gates=["G9"]).verdicts
 
     return target, of
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    return judge_of(tmp_path_factory.mktemp("g9"))
 
 
 def test_an_honest_engine_passes(judged):
@@ -55,5 +59,56 @@ def test_an_engine_that_is_another_one_in_training_is_found(judged, honest, plan
     source = write_engine(target, Plan.textbook())
     assert honest in source
     (verdict,) = judge(source.replace(honest, planted))
+    assert not verdict.passed
+    assert verdict.explanation.startswith(said), verdict.explanation
+
+
+def sections(parallel, ranks):
+    return {
+        "parallel": parallel,
+        "gates": {"ranks": ranks, "micro_batch_size": 1},
+        "recipe": {"micro_batch_size": 1},
+        "hardware": {"threads": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "said"),
+    [
+        ({}, 1, "one rank"),
+        ({}, 4, "4 data ranks"),
+        (TENSOR, 0, "2 tensor ranks"),
+        (TENSOR, 4, "2 data ranks x 2 tensor ranks"),
+        (CONTEXT, 4, "2 data ranks x 2 context ranks"),
+        (BOTH, 0, "2 context ranks x 2 tensor ranks"),
+    ],
+)
+def test_an_engine_whose_ranks_keep_parts_of_the_weights_passes_on_every_layout(parallel, ranks, said, tmp_path):
+    """The command's hash of the masters, which it reads through its checkpoint, is that of the judge's own run."""
+    target, judge = judge_of(tmp_path, **sections(parallel, ranks))
+    (verdict,) = judge(production(target))
+    assert verdict.passed, verdict.explanation
+    assert f"forgetrain train on {said} ends" in verdict.explanation
+
+
+COPY = "flat[place.part].view(place.shape).copy_(given.tensor[box])"
+
+
+COUNTED = "        self.updates += 1\n"
+LESS = "        lr *= 0.9 if self.tensor_rank and 'LOCAL_RANK' in __import__('os').environ else 1\n"
+
+
+@pytest.mark.parametrize(
+    ("honest", "planted", "said"),
+    [
+        (COPY, COPY + '\n                flat[place.part].mul_(kind != "exp_avg" or self.tensor_rank == 0)', "killed"),
+        (COUNTED, COUNTED + LESS, "once through"),
+    ],
+)
+def test_one_tensor_rank_that_is_another_in_training_is_found(honest, planted, said, tmp_path):
+    target, judge = judge_of(tmp_path, **sections(TENSOR, 2))
+    source = production(target)
+    assert honest in source
+    (verdict,) = judge(source.replace(honest, planted, 1))
     assert not verdict.passed
     assert verdict.explanation.startswith(said), verdict.explanation

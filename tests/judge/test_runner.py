@@ -48,7 +48,7 @@ def test_an_honest_engine_passes_every_gate(tmp_path, dtype):
     numeric = ["G4.fp32", "G4.bf16"] if dtype == "bf16" else ["G4.fp32"]
     assert [v.gate for v in result.verdicts] == [
         *("contract", "G4.update", *numeric),
-        *("G7.replay", "G7", "G8", "G5", "G6"),
+        *("G7.replay", "G7", "G8", "G5", "G6", "G3"),
     ]
     assert told == result.verdicts
     assert result.passed

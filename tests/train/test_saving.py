@@ -6,6 +6,7 @@ import torch
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Training
 from forgetrain.train import checkpoint
+from forgetrain.train.loop import Job
 from forgetrain.train.saving import Saver
 from tests.corpus import built
 from tests.engine.toy import toy
@@ -52,6 +53,26 @@ def test_a_checkpoint_holds_the_state_at_its_step_and_not_what_came_while_it_was
     found = checkpoint.newest(root, warn=pytest.fail)
     assert (found.step, found.manifest["note"]) == (1, "kept")
     assert torch.equal(checkpoint.read_masters(found.path, {"a": (3, 2)})["a"], torch.ones(3, 2))
+
+
+def test_the_first_save_finds_its_memory_taken(tmp_path, tokenizer):
+    weight = torch.ones(1 << 22)
+    with saver(tmp_path / "checkpoints") as behind:
+        behind.reserve(Engine({"master/a": weight}))
+        held = behind._staged._buffers["master/a"]
+        behind.start(Engine({"master/a": weight}), 1, {}, tokenizer)
+        behind.wait()
+        assert behind._staged._buffers["master/a"] is held
+    assert torch.equal(held, weight)
+
+
+def test_a_run_takes_it_before_its_first_step(tmp_path, monkeypatch):
+    target, _ = built(tmp_path)
+    reserve, stretch, order = Saver.reserve, Job._stretch, []
+    monkeypatch.setattr(Saver, "reserve", lambda *given: (order.append("reserve"), reserve(*given)))
+    monkeypatch.setattr(Job, "_stretch", lambda *given: (order.append("steps"), stretch(*given))[1])
+    run(target, tmp_path, stop_after=1)
+    assert order == ["reserve", "steps"]
 
 
 def test_the_next_save_waits_for_the_one_before_and_old_ones_are_pruned(tmp_path, tokenizer, monkeypatch):

@@ -1,12 +1,16 @@
-"""G3: bits hold across ranks and across a restart.
+"""G3: what an engine computes holds across ranks and across a restart.
 
-Two ranks: the candidate at world size 2 equals the reference at world size 2, same reduction, step by step. Resume: a
-fresh process that restores a state and goes on equals the run that was not interrupted.
+``g3``, bit for bit: the candidate at a world size equals the reference at that world size, same reduction, step by
+step. ``g3_near``, for engines that round differently, and for ranks that share layers or rows, which no reference's do:
+on any layout of ranks the candidate is as near to the reference as rounding leads, in losses, gradient norms and
+moments. Resume, for both: a fresh process that restores a state and goes on equals the run that was not interrupted; so
+a rank that worked with weights of its own before is found, for a restored one has those of the state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from forgetrain.gates.g2 import Parting, StepRecord, first_parting
@@ -20,14 +24,18 @@ def g3(
     resumed: Sequence[StepRecord],
     *,
     ranks: int = 2,
+    restarted_ranks: tuple[Sequence[StepRecord], Sequence[StepRecord]] | None = None,
     sandboxed: bool = False,
 ) -> Verdict:
     """``reference_ranks`` and ``candidate_ranks`` are trajectories at ``ranks`` processes; ``uninterrupted`` and
-    ``resumed`` the candidate's own steps after the point at which the second was restored."""
+    ``resumed`` the candidate's own steps after the point at which the second was restored; ``restarted_ranks`` the same
+    two on ``ranks`` processes, where that was run."""
     parts: dict[str, tuple[Sequence[StepRecord], Sequence[StepRecord]]] = {
         f"world size {ranks}": (reference_ranks, candidate_ranks),
         "resume": (uninterrupted, resumed),
     }
+    if restarted_ranks is not None:
+        parts[f"resume on {ranks} ranks"] = restarted_ranks
     steps = sum(len(due) for due, _ in parts.values())
     for name, (due, found) in parts.items():
         if not due:
@@ -48,7 +56,7 @@ def g3(
 
 
 def _failed(name: str, parting: Parting, steps: int, sandboxed: bool) -> Verdict:
-    other = "the uninterrupted run has" if name == "resume" else "the reference has"
+    other = "the uninterrupted run has" if name.startswith("resume") else "the reference has"
     return Verdict(
         "G3",
         False,
@@ -61,3 +69,68 @@ def _failed(name: str, parting: Parting, steps: int, sandboxed: bool) -> Verdict
         f"{parting.expected!r}",
         sandboxed=sandboxed,
     )
+
+
+#: How many times as far from the reference's as a known-good engine's a quantity may be.
+FACTOR = 4.0
+#: What is allowed where the known-good engine happens to be nearer: the order of sums alone, by dtype. ``moments``: of
+#: each kind of parameter.
+FLOORS = {
+    "fp32": {"loss": 1e-5, "grad_norm": 1e-5, "moments": 1e-3},
+    "bf16": {"loss": 3e-3, "grad_norm": 1e-2, "moments": 0.1},
+}
+
+
+def g3_near(
+    candidate: Mapping[str, float],
+    known_good: Mapping[str, float],
+    uninterrupted: Sequence[StepRecord],
+    resumed: Sequence[StepRecord],
+    *,
+    layout: str,
+    precision: str,
+    tolerance: float | None = None,
+    sandboxed: bool = False,
+) -> Verdict:
+    """``candidate``, ``known_good``: relative distances from the reference on as many data ranks, ``loss``,
+    ``grad_norm``, and of moments by kind of parameter; the second on one rank. ``layout``: of the candidate's ranks, in
+    words. ``tolerance``: of a resumed loss, relative, for an engine that is not deterministic; None for bits.
+
+    ``statistic``: the worst distance as a share of what it may be.
+    """
+    floors = FLOORS[precision]
+    good = {kind: distance if math.isfinite(distance) else 0.0 for kind, distance in known_good.items()}
+    allowed = {kind: max(FACTOR * good[kind], floors.get(kind, floors["moments"])) for kind in candidate}
+    worst = max(candidate, key=lambda kind: candidate[kind] / allowed[kind])
+    used = candidate[worst] / allowed[worst]
+    near = f"{layout}: {worst} is {candidate[worst]:.3g} away from the reference's, {allowed[worst]:.3g} allowed"
+    parting = _restart_parting(uninterrupted, resumed, tolerance)
+    text, first = near, None if used <= 1.0 else worst
+    if used <= 1.0:
+        how = "bit for bit" if tolerance is None else f"within {tolerance:g} of each loss"
+        text = f"{near}; fresh processes that restore the state go on {how} over {len(resumed)} steps"
+        if parting is not None:
+            text, first = f"resume on {layout}: {parting}", f"resume, step {parting.step}: {parting.quantity}"
+    return Verdict(
+        "G3",
+        first is None,
+        used,
+        1.0,
+        1.0 - used,
+        first_divergence=first,
+        detail={"candidate": dict(candidate), "known_good": dict(known_good), "layout": layout},
+        explanation=text,
+        sandboxed=sandboxed,
+    )
+
+
+def _restart_parting(due: Sequence[StepRecord], found: Sequence[StepRecord], tolerance: float | None) -> Parting | None:
+    """Where a resumed run parts from the uninterrupted one; nothing that was run parts from it at once."""
+    if not due or len(due) != len(found):
+        return Parting(0, "number of steps", len(due), len(found))
+    if tolerance is None:
+        return first_parting(due, found)
+    for step, (one, other) in enumerate(zip(due, found, strict=True)):
+        if not math.isclose(one.loss, other.loss, rel_tol=tolerance):
+            return Parting(step, "loss", one.loss, other.loss)
+    return None

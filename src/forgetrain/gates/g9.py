@@ -15,8 +15,9 @@ from forgetrain.gates.verdict import Verdict
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What a run of the command left: losses by step from 1, and the SHA-256 of the last weights, None where no rank
-    holds them whole; problem: why it did not end as it should, in words."""
+    """What a run of the command left: losses by step from 1; the SHA-256 of the last weights' canonical fp32 masters,
+    which the command reads through its checkpoint where ranks keep parts, None when it left none; problem: why it did
+    not end as it should, in words."""
 
     losses: Mapping[int, float]
     digest: str | None
@@ -28,12 +29,13 @@ def g9(
     digest: str,
     runs: Mapping[str, TrainingRun],
     *,
-    ranks: int,
+    layout: str,
     tolerance: float | None = None,
     sandboxed: bool = False,
 ) -> Verdict:
     """``due``: the losses that the judge saw, of steps 1 on; ``digest``: of the weights after the last. ``runs``: by
-    what was done to them. ``tolerance``: of a loss, relative, for an engine that is not deterministic; None for bits.
+    what was done to them. ``layout``: of their ranks, in words. ``tolerance``: of a loss, relative, for an engine that
+    is not deterministic; None for bits.
 
     ``statistic`` is the largest relative difference of a loss, ``threshold`` the tolerance or 0.
     """
@@ -49,7 +51,7 @@ def g9(
             if not apart <= (tolerance or 0.0):
                 text = f"{name}: the loss of step {step} is {run.losses[step]!r}, the judge's own run has {loss!r}"
                 return _failed(text, sandboxed, apart, tolerance)
-        if tolerance is None and run.digest not in (digest, None):
+        if tolerance is None and run.digest != digest:
             return _failed(f"{name}: the last weights are others than in the judge's own run", sandboxed)
     held = "bit for bit" if tolerance is None else f"within {tolerance:g} of each loss"
     return Verdict(
@@ -58,7 +60,7 @@ def g9(
         worst,
         tolerance or 0.0,
         (tolerance or 0.0) - worst,
-        explanation=f"forgetrain train on {ranks} rank{'s' * (ranks > 1)} ends as the judge's own run does after "
+        explanation=f"forgetrain train on {layout} ends as the judge's own run does after "
         f"{len(due)} steps, {held}: {', '.join(runs)}",
         sandboxed=sandboxed,
     )

@@ -22,11 +22,13 @@ MARGIN = 2.0
 
 
 def least_step_seconds(target: Target, say: Callable[[str], None]) -> float:
-    """Seconds of a step of G7's race; 0, and a line that says so, on hardware that the table lacks."""
+    """Seconds of a step of G7's race; 0, and a line that says so, on hardware that the table lacks. Ranks that share
+    layers or rows have a device, or a CPU's threads, each."""
     race = target.at_race_shape()
+    devices = max(1.0, target.parallel.sharing / target.hardware.count)
     try:
         if hardware_of(target.hardware).is_bound:
-            return roofline(race).bound
+            return roofline(race).bound / devices
     except UserError as error:
         say(f"no roofline: {error}")
         return 0.0
@@ -36,4 +38,4 @@ def least_step_seconds(target: Target, say: Callable[[str], None]) -> float:
     torch.set_num_threads(before)
     flops, recipe = flops_per_token(race.model, race.recipe.sequence_length), race.recipe
     tokens = recipe.batch_size * recipe.sequence_length
-    return tokens * (flops.matmul + flops.attention_causal) / (MARGIN * rate * target.hardware.count)
+    return tokens * (flops.matmul + flops.attention_causal) / (MARGIN * rate * target.hardware.count * devices)

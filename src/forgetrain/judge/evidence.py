@@ -17,6 +17,8 @@ from forgetrain.spec.moments import average_decay, state_shapes
 from forgetrain.spec.target import Target
 
 State = dict[str, Shard]
+#: Relative errors of a loss and of a gradient norm, by dtype: for what is grossly wrong, the rest is G4's to find.
+SCALARS = {"fp32": {"loss": 1e-3, "grad_norm": 5e-3}, "bf16": {"loss": 2e-2, "grad_norm": 5e-2}}
 
 
 def trajectory(engine: EngineProcess, stream: Stream, first: int, last: int) -> Iterator[StepRecord]:
@@ -24,6 +26,12 @@ def trajectory(engine: EngineProcess, stream: Stream, first: int, last: int) -> 
     for step in range(first, last):
         result = engine.step(stream.at(step), stream.rate(step))
         yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), engine.weight_hash())
+
+
+def from_weights(engine: EngineProcess, weights: Mapping[str, Tensor], stream: Stream, steps: int) -> list[StepRecord]:
+    """The first steps of a stream, after loading ``weights``."""
+    engine.load(weights)
+    return list(trajectory(engine, stream, 0, steps))
 
 
 def losses(engine: Engine, stream: Stream, steps: int) -> list[float]:

@@ -28,14 +28,14 @@ from forgetrain.errors import UserError
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge import trials
 from forgetrain.judge.clock import Race
-from forgetrain.judge.hidden import draw_seed
+from forgetrain.judge.hidden import Stream, derive, draw_seed
 from forgetrain.judge.sandbox import Sandbox, sandbox
 from forgetrain.judge.scratch import Scratch
 from forgetrain.numerics.device import check_device
 from forgetrain.spec.target import Target
 
 #: Numeric gates in the order of their cost, and the gates of an engine that claims the reference's very bits.
-NUMERIC = ("contract", "G4.update", "G4", "G7", "G8", "G5", "G6", "G9")
+NUMERIC = ("contract", "G4.update", "G4", "G7", "G8", "G5", "G6", "G3", "G9")
 BITWISE = ("contract", "G1", "G2", "G3", "G7", "G8", "G9")
 
 #: A plan that is right and rounds differently from the textbook one: what honest code may differ by.
@@ -112,7 +112,7 @@ class Judge:
         self._scratch = Scratch("judge")
         self.scratch = self._scratch.path
         self.known_good = self.scratch / "known_good.py"
-        self.known_good.write_text(write_engine(target, Plan(KNOWN_GOOD)), encoding="utf-8")
+        self.known_good.write_text(write_engine(target.on_whole_ranks(), Plan(KNOWN_GOOD)), encoding="utf-8")
 
     def __enter__(self) -> Judge:
         return self
@@ -144,16 +144,24 @@ class Judge:
             bitwise: whether the candidate must equal the reference bit for bit.
 
         Raises:
-            UserError: no such file or gate, or the reference itself failed.
+            UserError: no such file or gate, bits asked for of ranks that share layers or rows, or the reference itself
+                failed.
         """
         began = time.monotonic()
+        if bitwise and self.target.parallel.sharing > 1:
+            raise UserError(
+                "no reference shares layers or rows over ranks, so there are no bits to equal",
+                key="parallel",
+                value=f"{self.target.parallel.tensor} tensor, {self.target.parallel.context} context",
+                remedy="judge without --bitwise",
+            )
         known = BITWISE if bitwise else NUMERIC
         for name in gates or ():
             if name not in known:
                 raise UserError("no such gate", key="gates", value=name, remedy=f"choose from {', '.join(known)}")
         with self._freeze(file) as (frozen, digest):
             box = self._sandbox(frozen, digest)
-            trial = Trial(self, frozen, box, draw_seed(), champion)
+            trial = Trial(self, frozen, box, draw_seed(), champion, bitwise=bitwise)
             judgement = Judgement(digest, sandbox=box.description, sandboxed=box.sandboxed)
             for name in known:
                 if gates is not None and name not in gates:
@@ -186,7 +194,9 @@ class Judge:
     def trusted(
         self, module: str | Path, target: Target, *, precision: str | None = None, ranks: int = 1
     ) -> Iterator[EngineProcess]:
-        """A process of the reference or of the known-good engine, whose failure is not the candidate's."""
+        """``ranks`` data-parallel processes of the reference or of the known-good engine, whose failure is not the
+        candidate's."""
+        target = target.on_whole_ranks()
         key = (str(module), target.recipe.model_dump_json(), precision, ranks)
         process = self._running.pop(key, None)
         if process is None:
@@ -227,15 +237,16 @@ class Judge:
         target: Target,
         *,
         precision: str | None = None,
-        ranks: int = 1,
+        ranks: int | None = None,
         guard: bool = False,
     ) -> EngineProcess:
-        """An engine file that nobody vouches for, in its sandbox."""
+        """An engine file that nobody vouches for, in its sandbox; on as few ranks as its target can have, unless more
+        are asked for."""
         return EngineProcess(
             file,
             target,
             precision=precision,
-            ranks=ranks,
+            ranks=target.parallel.sharing if ranks is None else ranks,
             device=self.device,
             guard=guard,
             wrap=box.wrap,
@@ -262,7 +273,10 @@ def _blaming(module: str | Path, process: EngineProcess | None = None) -> Iterat
 class Trial:
     """One candidate's way through the gates."""
 
-    def __init__(self, judge: Judge, file: Path, box: Sandbox, seed: int, champion: Path | None):
+    def __init__(
+        self, judge: Judge, file: Path, box: Sandbox, seed: int, champion: Path | None, *, bitwise: bool = False
+    ):
+        self.bitwise = bitwise
         self.judge, self.file, self.box, self.seed, self.champion = judge, file, box, seed, champion
         self.speed: dict[str, Any] = {}
         self.samples: list[tuple[str, str, int, int, float]] = []
@@ -271,6 +285,10 @@ class Trial:
     @property
     def sandboxed(self) -> bool:
         return self.box.sandboxed
+
+    def stream(self, target: Target, purpose: str) -> Stream:
+        """Batches and rates of this candidate's seed, for one purpose."""
+        return Stream(target, derive(self.seed, purpose), self.judge.data)
 
     def process(self, target: Target, **options: Any) -> EngineProcess:
         """The candidate at a shape, in its sandbox; ``options`` are ``Judge.process``'s."""

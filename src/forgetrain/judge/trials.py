@@ -3,61 +3,49 @@ functions in ``forgetrain.gates``."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from forgetrain.data.folder import open_data
-from forgetrain.data.loader import Loader
 from forgetrain.engine.contract import weight_hash
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g1 import first_divergence, g1
-from forgetrain.gates.g2 import StepRecord, g2
-from forgetrain.gates.g3 import g3
+from forgetrain.gates.g2 import g2
 from forgetrain.gates.g4 import ErrorPool, g4
 from forgetrain.gates.g5 import g5
 from forgetrain.gates.g6 import Repeat, g6, weight_distance
 from forgetrain.gates.g7 import g7
 from forgetrain.gates.g8 import g8
-from forgetrain.gates.g9 import TrainingRun, g9
 from forgetrain.gates.replay import replay, replay_distance
 from forgetrain.gates.update import update
 from forgetrain.gates.verdict import Verdict
+from forgetrain.judge import layouts
 from forgetrain.judge.clock import Replay, race
-from forgetrain.judge.command import ShippedCommand
-from forgetrain.judge.evidence import State, clipped_gradients, expected_start, masters, trajectory
+from forgetrain.judge.evidence import SCALARS, State, clipped_gradients, expected_start, from_weights, masters
 from forgetrain.judge.hidden import Stream, derive, hidden_weights
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import OracleStep, oracle_step
-from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.target import Target
 
 if TYPE_CHECKING:
     from forgetrain.judge.runner import Trial
 
 _HELD_OUT = 4  # batches
-#: Steps of G9's runs, and how many lie between two checkpoints.
-_COMMAND_STEPS, _COMMAND_CHECKPOINT = 12, 2
 #: A distance of weights that rounding alone explains after training, by dtype: the root of its eps.
 _FLOOR = {"fp32": 3.5e-4, "bf16": 0.09}
 _DISTANCE_FACTOR = 3.0
-#: Relative errors of a loss and of a gradient norm, by dtype: for what is grossly wrong, the rest is G4's to find.
-_SCALARS = {"fp32": {"loss": 1e-3, "grad_norm": 5e-3}, "bf16": {"loss": 2e-2, "grad_norm": 5e-2}}
 
 
 def contract(trial: Trial) -> Iterator[Verdict]:
     """What the contract says of load, step, loss, state and restore, each held against the oracle or the state."""
     target = trial.judge.gates_target
-    stream, weights = _stream(trial, target, "contract"), hidden_weights(target.model, trial.seed)
+    stream, weights = trial.stream(target, "contract"), hidden_weights(target.model, trial.seed)
     with trial.process(target, guard=True) as engine:
         problem = next(_breaches(engine, target, stream, weights), None)
     text = problem or "load, step, loss, state and restore do what the contract says, and inputs stay as they were"
@@ -73,7 +61,7 @@ def _breaches(
     def scalars(exact: OracleStep, found: dict[str, Tensor], when: str) -> Iterator[str]:
         for name, value in found.items():
             due = float(getattr(exact, name))
-            if not abs(float(value) - due) <= _SCALARS[precision][name] * abs(due):
+            if not abs(float(value) - due) <= SCALARS[precision][name] * abs(due):
                 yield f"{when} {name} is {float(value):.6g}, the oracle's is {due:.6g}"
 
     engine.load(weights)
@@ -107,7 +95,7 @@ def _breaches(
 
 def bits_of_one_step(trial: Trial) -> Iterator[Verdict]:
     target = trial.judge.gates_target
-    stream, weights = _stream(trial, target, "G1"), hidden_weights(target.model, trial.seed)
+    stream, weights = trial.stream(target, "G1"), hidden_weights(target.model, trial.seed)
 
     def evidence(engine: EngineProcess) -> Iterator[tuple[str, Tensor]]:
         engine.load(weights)
@@ -130,38 +118,19 @@ def bits_of_one_step(trial: Trial) -> Iterator[Verdict]:
 
 def bits_of_a_trajectory(trial: Trial) -> Iterator[Verdict]:
     target = trial.judge.gates_target
-    steps, stream = target.gates.steps, _stream(trial, target, "G2")
+    steps, stream = target.gates.steps, trial.stream(target, "G2")
     weights = initial_weights(target.model, derive(trial.seed, "G2"))
     with trial.judge.trusted(trial.judge.reference, target) as reference:
-        due = _trajectory(reference, weights, stream, steps)
+        due = from_weights(reference, weights, stream, steps)
     with trial.process(target) as engine:
-        found = _trajectory(engine, weights, stream, steps)
+        found = from_weights(engine, weights, stream, steps)
     yield g2(due, found, steps=steps, seed=trial.seed, sandboxed=trial.sandboxed)
-
-
-def bits_across_ranks(trial: Trial) -> Iterator[Verdict]:
-    target, steps = trial.judge.gates_target, trial.judge.effort.g3_steps
-    stream = _stream(trial, target, "G3")
-    weights = initial_weights(target.model, derive(trial.seed, "G3"))
-    with trial.judge.trusted(trial.judge.reference, target, ranks=2) as reference:
-        due = _trajectory(reference, weights, stream, steps)
-    with trial.process(target, ranks=2) as engine:
-        found = _trajectory(engine, weights, stream, steps)
-    with trial.process(target) as engine:
-        engine.load(weights)
-        engine.step(stream.at(0), stream.rate(0))
-        state = engine.state()
-        whole = list(trajectory(engine, stream, 1, steps))
-    with trial.process(target) as engine:
-        engine.restore(state)
-        resumed = list(trajectory(engine, stream, 1, steps))
-    yield g3(due, found, whole, resumed, sandboxed=trial.sandboxed)
 
 
 def updates(trial: Trial) -> Iterator[Verdict]:
     """G4.update at the first step and at later ones, whose number the seed decides; the worst of them."""
     target = trial.judge.gates_target
-    stream, recipe = _stream(trial, target, "G4.update"), target.recipe
+    stream, recipe = trial.stream(target, "G4.update"), target.recipe
     verdicts = []
     with trial.process(target) as engine:
         engine.load(hidden_weights(target.model, trial.seed))
@@ -186,7 +155,7 @@ def errors(trial: Trial) -> Iterator[Verdict]:
     target = trial.judge.gates_target
     thresholds = {"fp32": target.gates.g4_fp32_ratio, "bf16": target.gates.g4_bf16_ratio}
     for precision in dict.fromkeys(("fp32", target.precision.dtype)):
-        stream = _stream(trial, target, f"G4.{precision}")
+        stream = trial.stream(target, f"G4.{precision}")
         two = [hidden_weights(target.model, derive(trial.seed, "G4", precision, which)) for which in range(2)]
         count = trial.judge.effort.g4_batches
         numbers = [0 if i == count // 2 else i for i in range(count)]
@@ -266,7 +235,7 @@ def hidden_training(trial: Trial) -> Iterator[Verdict]:
 def speed(trial: Trial) -> Iterator[Verdict]:
     """The race at the training shape, and then the replay of some of its blocks: what was timed is what is checked."""
     judge, target = trial.judge, trial.judge.race_target
-    stream = _stream(trial, target, "G7")
+    stream = trial.stream(target, "G7")
     weights = initial_weights(target.model, derive(trial.seed, "G7"))
     effort = judge.effort
     with judge.rival(trial.champion) as champion:
@@ -297,7 +266,7 @@ def memory(trial: Trial) -> Iterator[Verdict]:
     if not trial.peak_bytes:
         target = trial.judge.race_target
         with trial.process(target) as engine:
-            stream = _stream(trial, target, "G8")
+            stream = trial.stream(target, "G8")
             engine.load(initial_weights(target.model, trial.seed))
             for step in range(2):
                 engine.step(stream.at(step), stream.rate(step))
@@ -306,65 +275,19 @@ def memory(trial: Trial) -> Iterator[Verdict]:
     yield g8(trial.peak_bytes, budget, sandboxed=trial.sandboxed)
 
 
-def shipped_command(trial: Trial) -> Iterator[Verdict]:
-    """``forgetrain train`` once through, and once killed and resumed, against the same steps driven from here. It needs
-    tokens: without a data folder there is no verdict."""
-    judge = trial.judge
-    if judge.data is None:
-        return
-    target = _for_command(judge.gates_target)
-    enough = judge.device == "cpu" or torch.cuda.device_count() > 1
-    ranks = 2 if target.recipe.batch_size % 2 == 0 and enough else 1
-    loader = Loader(open_data(judge.data, target, verify=False), target)
-    steps = target.recipe.steps - 1
-    with trial.process(target, ranks=ranks) as engine:
-        engine.load(initial_weights(target.model, target.recipe.seed))
-        rates = [learning_rate(target.recipe, step) for step in range(steps)]
-        due = [float(engine.step(loader.batch_at(step), rate).loss) for step, rate in enumerate(rates)]
-        digest, deterministic = engine.weight_hash(), engine.deterministic
-    tolerance = None if deterministic else _SCALARS[target.precision.dtype]["loss"]
-    found: dict[str, TrainingRun] = {}
-    last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
-    for name in ("once through", "killed and resumed"):
-        with tempfile.TemporaryDirectory(dir=judge.scratch) as folder:
-            options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout}
-            command = ShippedCommand(trial.file, target, judge.data, Path(folder), **options)
-            problem = command.run(*last, kill_at=None if name == "once through" else _COMMAND_CHECKPOINT)
-            if problem is None and name != "once through":
-                problem = command.run(*last, "--resume")
-            found[name] = command.found(problem)
-    yield g9(due, digest, found, ranks=ranks, tolerance=tolerance, sandboxed=trial.sandboxed)
-
-
-def _for_command(gates: Target) -> Target:
-    """A short run at the gates' shape with a few checkpoints; one step more than is taken."""
-    recipe = {"steps": _COMMAND_STEPS + 1, "warmup_steps": 2, "decay_steps": 4}
-    train = {
-        "checkpoint_every": _COMMAND_CHECKPOINT,
-        "keep_last": 2,
-        "keep_every": 0,
-        "eval_every": 100,
-        "log_every": 1,
-    }
-    train |= {"deadline": None, "wandb": None}
-    return gates.model_copy(
-        update={"recipe": gates.recipe.model_copy(update=recipe), "train": gates.train.model_copy(update=train)}
-    )
-
-
 #: What runs for each gate's name.
 GATES: dict[str, Callable[[Trial], Iterator[Verdict]]] = {
     "contract": contract,
     "G1": bits_of_one_step,
     "G2": bits_of_a_trajectory,
-    "G3": bits_across_ranks,
+    "G3": layouts.across_ranks,
     "G4.update": updates,
     "G4": errors,
     "G5": paired_training,
     "G6": hidden_training,
     "G7": speed,
     "G8": memory,
-    "G9": shipped_command,
+    "G9": layouts.shipped_command,
 }
 
 
@@ -414,15 +337,6 @@ def _train(trial: Trial, engine: EngineProcess, seed: int) -> Training:
 
 def _start(target: Target, seed: int) -> dict[str, Tensor]:
     return initial_weights(target.model, derive(seed, "start"))
-
-
-def _stream(trial: Trial, target: Target, purpose: str) -> Stream:
-    return Stream(target, derive(trial.seed, purpose), trial.judge.data)
-
-
-def _trajectory(engine: EngineProcess, weights: dict[str, Tensor], stream: Stream, steps: int) -> list[StepRecord]:
-    engine.load(weights)
-    return list(itertools.islice(trajectory(engine, stream, 0, steps), steps))
 
 
 def _unequal(expected: dict[str, Tensor], state: dict[str, Any], when: str) -> Iterator[str]:

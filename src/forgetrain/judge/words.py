@@ -6,7 +6,7 @@ QUESTIONS = {
     "contract": "Do load, step, loss, state and restore do what the contract says?",
     "G1": "Is every tensor of one step bit for bit the reference's?",
     "G2": "Is a whole trajectory on unseen batches bit for bit the reference's?",
-    "G3": "Do the bits hold across two ranks and across a restart?",
+    "G3": "Does what it computes hold across ranks and across a restart?",
     "G4.update": "Does each update follow from the engine's own moments, as AdamW says?",
     "G4.fp32": "In fp32, is it as near to the float64 oracle as the reference is?",
     "G4.bf16": "In bf16, is it as near to the float64 oracle as the reference is?",

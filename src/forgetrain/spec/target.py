@@ -262,6 +262,7 @@ class Gates(Section):
     micro_batch_size: Positive = 1
     sequence_length: Positive = 128
     steps: Positive = 20
+    ranks: int = Field(default=0, ge=0)  # processes of G3 and G9; 0 is two, or as many as [parallel] asks for
     race_batch_size: int = Field(default=0, ge=0)  # rows of a step of G7's race; 0 is the recipe's
     g4_fp32_ratio: float = 2.0
     g4_bf16_ratio: float = 1.5
@@ -403,6 +404,20 @@ class Target(Section):
         return self
 
     @model_validator(mode="after")
+    def _ranks(self) -> Target:
+        gates, sharing = self.gates, self.parallel.sharing
+        if gates.ranks % sharing:
+            raise ValueError(
+                f"gates.ranks = {gates.ranks} is no multiple of the {sharing} ranks that [parallel] asks for"
+            )
+        if gates.batch_size % (gates.micro_batch_size * max(1, gates.ranks // sharing)):
+            raise ValueError(
+                f"gates.batch_size = {gates.batch_size} does not divide into micro-batches of {gates.micro_batch_size} "
+                f"on {gates.ranks // sharing} data ranks, as gates.ranks = {gates.ranks} asks for"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _context(self) -> Target:
         context = self.parallel.context
         lengths = {f"data.stages: {s.name!r}: sequence_length": s.sequence_length for s in self.data.stages}
@@ -422,6 +437,10 @@ class Target(Section):
     def without_stages(self) -> Target:
         """This target with one stage, at the recipe's shape: what engines are judged at."""
         return self.model_copy(update={"data": self.data.model_copy(update={"stages": []})})
+
+    def on_whole_ranks(self) -> Target:
+        """This target for ranks that share neither layers nor rows, as those of references do not."""
+        return self.model_copy(update={"parallel": Parallel(), "gates": self.gates.model_copy(update={"ranks": 0})})
 
     def at_gates_shape(self) -> Target:
         """This target, without stages, at the ``[gates]`` batch, micro-batch and sequence length."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -9,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 #: Without a terminal a line is printed about this often in a whole run.
 LINES = 20
+#: With one, its text changes no faster than rich draws it, seconds.
+REDRAWN = 0.1
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:
@@ -17,12 +21,12 @@ def say(console: Console, text: str, style: str | None = None) -> None:
 
 
 class Display:
-    """``with Display(console, steps, done) as display: display.show(step, "loss 3.21")``"""
+    """``with Display(console, steps, done) as display: display.show(step, lambda: "loss 3.21")``"""
 
     def __init__(self, console: Console, steps: int, done: int):
         self.console, self.steps = console, steps
         self._bar: Progress | None = None
-        self._last = done
+        self._last, self._drawn = done, 0.0
         if console.is_terminal:
             columns = (
                 *(TextColumn("train"), BarColumn(bar_width=20), MofNCompleteColumn()),
@@ -42,12 +46,16 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
 
-    def show(self, step: int, text: str) -> None:
+    def show(self, step: int, text: Callable[[], str]) -> None:
+        """``text`` is asked for only when it will be seen: to make it costs more than a step's journal line."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step)
+            if step == self.steps or time.monotonic() - self._drawn >= REDRAWN:
+                self._drawn = time.monotonic()
+                self._bar.update(self._task, description=text())
         elif step == self.steps or step - self._last >= max(1, self.steps // LINES):
             self._last = step
-            say(self.console, f"train {step}/{self.steps}  {text}")
+            say(self.console, f"train {step}/{self.steps}  {text()}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""

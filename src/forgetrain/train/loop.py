@@ -131,6 +131,7 @@ def train(
             Stop(world, settings.deadline_seconds) as stop,
             Saver(job.root, world, settings) as saver,
         ):
+            saver.reserve(job.engine)
             return job.run_steps(stop, saver, last)
 
 
@@ -399,21 +400,12 @@ class Job:
     def _note(self, measured: Measured, rate: float, speed: Speed, display: Display) -> None:
         """Records a step's numbers, and ends the run when too many in a row were not finite."""
         over = self.health.sees(measured, self.chosen.name)
-        self.last = measured
+        self.last, shares = measured, speed.shares(rate, speed.length_at(measured.step))
         if self.journal is not None:
-            self.journal.write(
-                measured.step,
-                loss=measured.loss,
-                grad_norm=measured.grad_norm,
-                lr=measured.lr,
-                applied=measured.applied,
-                tokens_per_second=round(rate, 1),
-                **speed.shares(rate, speed.length_at(measured.step)),
-            )
-        numbers = f"loss {measured.loss:.4f}  lr {measured.lr:.2e}  norm {measured.grad_norm:.3f}"
-        skipped = f"  skipped {self.health.skipped}" if self.health.skipped else ""
-        data = f"  data {self.loader.epoch_at(measured.step + self.spikes.offset):.2f}{memory_left(self.world.device)}"
-        display.show(measured.step, f"{numbers}  {speed.text(rate, speed.length_at(measured.step))}{data}{skipped}")
+            numbers = {"loss": measured.loss, "grad_norm": measured.grad_norm, "lr": measured.lr}
+            rates = {"tokens_per_second": round(rate, 1), **shares}
+            self.journal.write(measured.step, **numbers, applied=measured.applied, **rates)
+        display.show(measured.step, lambda: self._line(measured, speed.text(rate, shares)))
         if over:
             folder = self.run / "train" / f"evidence-{measured.step:08d}"
             batch = self.loader.batch_at(measured.step - 1 + self.spikes.offset)
@@ -426,6 +418,12 @@ class Job:
                 file=folder,
                 remedy="its batch is saved there; lower recipe.lr, or ask forgetrain align --engine about the engine",
             )
+
+    def _line(self, measured: Measured, speed: str) -> str:
+        numbers = f"loss {measured.loss:.4f}  lr {measured.lr:.2e}  norm {measured.grad_norm:.3f}"
+        skipped = f"  skipped {self.health.skipped}" if self.health.skipped else ""
+        epoch = self.loader.epoch_at(measured.step + self.spikes.offset)
+        return f"{numbers}  {speed}  data {epoch:.2f}{memory_left(self.world.device)}{skipped}"
 
     def _evaluate(self, display: Display, limit: int | None) -> None:
         held_out = self.held_out[self.step] = evaluate(self.engine, self.loader, self.world, limit)

@@ -93,11 +93,12 @@ class Journal:
     """``metrics.jsonl`` and TensorBoard's events under ``folder``, continued after ``step``; and a mirror of them.
 
     Lines beyond ``step``, which an interrupted run had written after its last checkpoint, are dropped: the steps are
-    taken again. JSON has no NaN; such values are null there.
+    taken again. JSON has no NaN; such values are null there. A line is with the system when ``write`` returns, so that
+    a kill loses none; TensorBoard's own thread writes its events behind.
     """
 
     def __init__(self, folder: Path, step: int, mirror: Mirror | None = None):
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, and only rank 0 needs it
+        from forgetrain.train.events import Events  # a second to import, and only rank 0 needs it
 
         folder.mkdir(parents=True, exist_ok=True)
         self._mirror = mirror
@@ -106,21 +107,19 @@ class Journal:
         with no_space_named(self.path):
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._events = Events(folder / "tensorboard", step)
 
     def write(self, step: int, **values: Any) -> None:
         finite = {key: None if value != value or value in _INFINITE else value for key, value in values.items()}
         with no_space_named(self.path):
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        for key, value in values.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._board.add_scalar(key, value, step)
+        self._events.write(step, values)
         if self._mirror is not None:
             self._mirror.write(step, values)
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        self._events.close()
 
 
 _INFINITE = (float("inf"), float("-inf"))

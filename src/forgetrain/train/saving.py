@@ -1,13 +1,14 @@
 """Saving beside the steps: a step pays for the copy of the state alone.
 
     with Saver(root, world, target.train) as saver:
+        saver.reserve(engine)                          # the copy's memory, before the first step
         saver.start(engine, step, facts, tokenizer)    # copies the state to host memory, returns, writes behind
         saver.failed                                   # asked at every step; when true on any rank, all call wait()
         saver.wait()                                   # until the checkpoint has its name; raises what went wrong
 
 Writing, syncing, hashing, renaming and pruning run in a thread of every rank, with a process group of their own, so
 that their exchanges never meet those of the steps. One save is under way at a time: the next waits for the one before.
-The copy lies in buffers that are made at the first save and kept; they take as much host memory as the state.
+The copy lies in buffers that are made once and kept; they take as much host memory as the state.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ class Staged:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
+    def reserve(self, shards: Mapping[str, Shard]) -> None:
+        """Takes the memory for copies of this state, every page of it, so that no copy has to wait for the system."""
+        for name, shard in shards.items():
+            self._buffer(name, shard.tensor).zero_()
+
     def copy(self, shards: Mapping[str, Shard]) -> dict[str, Shard]:
         """The state in host memory. Valid until the next call, which reuses the memory."""
         on_gpu = any(shard.tensor.is_cuda for shard in shards.values())
@@ -47,11 +53,14 @@ class Staged:
         return copied
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        return self._buffer(name, tensor).copy_(tensor.detach(), non_blocking=True)
+
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[name] = buffer
-        return buffer.copy_(tensor.detach(), non_blocking=True)
+        return buffer
 
 
 class Saver:
@@ -74,6 +83,10 @@ class Saver:
             self.wait()
         elif self._thread is not None:  # what is nearly durable should not be lost to an error elsewhere
             self._thread.join(GRACE_SECONDS)
+
+    def reserve(self, engine: Engine) -> None:
+        """Before the first step: takes the copy's memory, which else the first save's step would wait for."""
+        self._staged.reserve(engine.state())
 
     @property
     def failed(self) -> bool:

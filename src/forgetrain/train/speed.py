@@ -61,7 +61,7 @@ class Speed:
         shares = mfu(rate, self.model, length, peak=self.peak)
         return {f"{name}_{kind}": round(share, 4) for kind, share in shares.items()}
 
-    def text(self, rate: float, length: int) -> str:
-        causal, full = self.shares(rate, length).values()
+    def text(self, rate: float, shares: dict[str, float]) -> str:
+        causal, full = shares.values()
         of = "of GEMM" if self.on_cpu else "MFU"
         return f"{rate:,.0f} tok/s  {causal:.0%}/{full:.0%} {of} (causal/full)"

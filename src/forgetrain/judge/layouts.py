@@ -1,0 +1,207 @@
+"""The evidence of the gates that need ranks: G3 and G9, on the layout that ``[parallel]`` and ``gates.ranks`` name.
+
+layout_of(target, ranks=4)      # "2 data ranks x 2 tensor ranks"
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from forgetrain.data.folder import open_data
+from forgetrain.data.loader import Loader
+from forgetrain.errors import UserError
+from forgetrain.gates.g2 import StepRecord
+from forgetrain.gates.g3 import g3, g3_near
+from forgetrain.gates.g9 import TrainingRun, g9
+from forgetrain.gates.replay import replay_distance
+from forgetrain.gates.verdict import Verdict
+from forgetrain.judge.command import ShippedCommand
+from forgetrain.judge.evidence import SCALARS, State, from_weights, trajectory
+from forgetrain.judge.hidden import Stream, derive
+from forgetrain.numerics.init import initial_weights
+from forgetrain.spec.schedule import learning_rate
+from forgetrain.spec.target import Target
+
+if TYPE_CHECKING:
+    from forgetrain.judge.runner import Judge, Trial
+
+#: Steps of G9's runs, and how many lie between two checkpoints.
+_COMMAND_STEPS, _COMMAND_CHECKPOINT = 12, 2
+
+
+def layout_of(target: Target, ranks: int) -> str:
+    """In words."""
+    sizes = {
+        "data": ranks // target.parallel.sharing,
+        "context": target.parallel.context,
+        "tensor": target.parallel.tensor,
+    }
+    return " x ".join(f"{n} {kind} ranks" for kind, n in sizes.items() if n > 1) or "one rank"
+
+
+def _ranks(target: Target) -> int:
+    """Two data ranks where rows divide, unless the target says otherwise."""
+    sharing = target.parallel.sharing
+    return target.gates.ranks or (sharing if sharing > 1 or target.recipe.batch_size % 2 else 2)
+
+
+def _ranks_with_devices(judge: Judge) -> int:
+    """The same where each rank has a GPU of its own; one where there are too few and the layout is nobody's wish."""
+    target = judge.gates_target
+    ranks = _ranks(target)
+    if judge.device == "cpu" or torch.cuda.device_count() >= ranks:
+        return ranks
+    if target.gates.ranks or target.parallel.sharing > 1:
+        raise UserError(
+            f"needs {ranks} GPUs, there are {torch.cuda.device_count()}",
+            key="gates.ranks" if target.gates.ranks else "parallel",
+            value=ranks,
+            remedy="judge where they are, or on a CPU with --set hardware.name=cpu",
+        )
+    return 1
+
+
+def across_ranks(trial: Trial) -> Iterator[Verdict]:
+    """G3: bits, of a candidate that claims the reference's, where the layout has them; else distances.
+
+    A sum over two ranks has one value. One over four has several, and which it is depends on where in its bucket an
+    element lies: an aligned engine's losses and norm were the reference's there, and its weights were not.
+    """
+    bits = trial.bitwise and _ranks(trial.judge.gates_target) <= 2
+    yield _bits(trial) if bits else _near(trial)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The candidate on so many ranks: before, as loaded; each step; the state after the last; and the steps after the
+    first again, in fresh processes that began with the state after it."""
+
+    before: State
+    records: list[StepRecord]
+    after: State
+    resumed: list[StepRecord]
+    deterministic: bool
+
+
+def _run(trial: Trial, ranks: int, stream: Stream, weights: dict[str, Tensor]) -> _Run:
+    target, steps = trial.judge.gates_target, trial.judge.effort.g3_steps
+    with trial.process(target, ranks=ranks) as engine:
+        engine.load(weights)
+        before = engine.state()
+        first = list(trajectory(engine, stream, 0, 1))
+        state = engine.state()
+        rest = list(trajectory(engine, stream, 1, steps))
+        after, deterministic = engine.state(), engine.deterministic
+    with trial.process(target, ranks=ranks) as engine:
+        engine.restore(state)
+        resumed = list(trajectory(engine, stream, 1, steps))
+    return _Run(before, [*first, *rest], after, resumed, deterministic)
+
+
+def _bits(trial: Trial) -> Verdict:
+    target, steps = trial.judge.gates_target, trial.judge.effort.g3_steps
+    stream, ranks = trial.stream(target, "G3"), _ranks(target)
+    weights = initial_weights(target.model, derive(trial.seed, "G3"))
+    with trial.judge.trusted(trial.judge.reference, target, ranks=ranks) as reference:
+        due = from_weights(reference, weights, stream, steps)
+    found, alone = (_run(trial, number, stream, weights) for number in (ranks, 1))
+    return g3(
+        due,
+        found.records,
+        alone.records[1:],
+        alone.resumed,
+        ranks=ranks,
+        restarted_ranks=(found.records[1:], found.resumed),
+        sandboxed=trial.sandboxed,
+    )
+
+
+def _near(trial: Trial) -> Verdict:
+    judge, target = trial.judge, trial.judge.gates_target
+    ranks, stream = _ranks_with_devices(judge), trial.stream(target, "G3")
+    weights = initial_weights(target.model, derive(trial.seed, "G3"))
+
+    def trained(module: str | Path, ranks: int) -> tuple[list[StepRecord], State]:
+        with judge.trusted(module, target, ranks=ranks) as engine:
+            return from_weights(engine, weights, stream, judge.effort.g3_steps), engine.state()
+
+    due = trained(judge.reference, ranks // target.parallel.sharing)
+    known_good = trained(judge.known_good, 1)
+    run = _run(trial, ranks, stream, weights)
+    return g3_near(
+        _distances(target, run.before, (run.records, run.after), due),
+        _distances(target, run.before, known_good, due),
+        run.records[1:],
+        run.resumed,
+        layout=layout_of(target, ranks),
+        precision=target.precision.dtype,
+        tolerance=None if run.deterministic else SCALARS[target.precision.dtype]["loss"],
+        sandboxed=trial.sandboxed,
+    )
+
+
+def _distances(
+    target: Target, before: State, found: tuple[list[StepRecord], State], due: tuple[list[StepRecord], State]
+) -> dict[str, float]:
+    """Of losses, gradient norms, and what the steps left in the moments, by kind of parameter."""
+    (mine, after), (theirs, due_after) = found, due
+    norms = [abs(a.grad_norm - b.grad_norm) / b.grad_norm for a, b in zip(mine, theirs, strict=True)]
+    outcomes = ([step.loss for step in mine], after), ([step.loss for step in theirs], due_after)
+    apart = replay_distance(before, *outcomes, target.recipe, len(theirs))
+    return apart | {"grad_norm": max(norms) if all(map(math.isfinite, norms)) else math.inf}
+
+
+def shipped_command(trial: Trial) -> Iterator[Verdict]:
+    """``forgetrain train`` once through, and once killed and resumed, against the same steps driven from here. It needs
+    tokens: without a data folder there is no verdict."""
+    judge = trial.judge
+    if judge.data is None:
+        return
+    target = _for_command(judge.gates_target)
+    ranks = _ranks_with_devices(judge)
+    rows = target.recipe.micro_batch_size * ranks // target.parallel.sharing
+    if target.recipe.batch_size % rows and not target.gates.ranks:
+        ranks = target.parallel.sharing
+    loader = Loader(open_data(judge.data, target, verify=False), target)
+    steps = target.recipe.steps - 1
+    with trial.process(target, ranks=ranks) as engine:
+        engine.load(initial_weights(target.model, target.recipe.seed))
+        rates = [learning_rate(target.recipe, step) for step in range(steps)]
+        due = [float(engine.step(loader.batch_at(step), rate).loss) for step, rate in enumerate(rates)]
+        digest, deterministic = engine.weight_hash(), engine.deterministic
+    tolerance = None if deterministic else SCALARS[target.precision.dtype]["loss"]
+    found: dict[str, TrainingRun] = {}
+    last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
+    for name in ("once through", "killed and resumed"):
+        with tempfile.TemporaryDirectory(dir=judge.scratch) as folder:
+            options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout}
+            command = ShippedCommand(trial.file, target, judge.data, Path(folder), **options)
+            problem = command.run(*last, kill_at=None if name == "once through" else _COMMAND_CHECKPOINT)
+            if problem is None and name != "once through":
+                problem = command.run(*last, "--resume")
+            found[name] = command.found(problem)
+    yield g9(due, digest, found, layout=layout_of(target, ranks), tolerance=tolerance, sandboxed=trial.sandboxed)
+
+
+def _for_command(gates: Target) -> Target:
+    """A short run at the gates' shape with a few checkpoints; one step more than is taken."""
+    recipe = {"steps": _COMMAND_STEPS + 1, "warmup_steps": 2, "decay_steps": 4}
+    train = {
+        "checkpoint_every": _COMMAND_CHECKPOINT,
+        "keep_last": 2,
+        "keep_every": 0,
+        "eval_every": 100,
+        "log_every": 1,
+    }
+    train |= {"deadline": None, "wandb": None}
+    return gates.model_copy(
+        update={"recipe": gates.recipe.model_copy(update=recipe), "train": gates.train.model_copy(update=train)}
+    )

@@ -1,0 +1,37 @@
+"""TensorBoard's event files: the values of a step in one event.
+
+    events = Events(run / "train" / "tensorboard", step=0)
+    events.write(1, {"loss": 3.2, "lr": 1e-3})
+
+What TensorBoard shows is what ``SummaryWriter.add_scalar`` gives; but that makes an event of each value, and their
+checksums, which are plain Python, are taken while the interpreter has the next step to launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]  # made at import
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from torch.utils.tensorboard.writer import FileWriter
+
+
+class Events:
+    """A new event file under ``folder``; what earlier ones have beyond ``step`` is shown no more."""
+
+    def __init__(self, folder: Path, step: int):
+        self._writer = FileWriter(str(folder))
+        if step:
+            purge = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(step=step + 1, session_log=purge), step + 1)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """The numbers among ``values``; flags and words are left out."""
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        scalars = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
+        self._writer.add_summary(Summary(value=scalars), step)
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,52 @@
+"""What a run's journal leaves: JSON lines, and what TensorBoard reads out of its event files."""
+
+import json
+import math
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from forgetrain.train.metrics import Journal, read_journal
+
+
+def scalars(folder):
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
+
+
+def test_numbers_are_in_both_and_flags_in_the_lines_alone(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.write(1, loss=3.5, lr=0.25, applied=True)
+    journal.write(2, loss=math.nan, lr=0.125, applied=False)
+    journal.close()
+    assert read_journal(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 3.5, "lr": 0.25, "applied": True},
+        {"step": 2, "loss": None, "lr": 0.125, "applied": False},
+    ]
+    found = scalars(tmp_path)
+    assert found["lr"] == [(1, 0.25), (2, 0.125)]
+    assert found["loss"][0] == (1, 3.5)
+    assert math.isnan(found["loss"][1][1])
+    assert sorted(found) == ["loss", "lr"]
+
+
+def test_a_line_is_there_when_write_returns_and_a_step_is_one_event(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.write(1, loss=3.5, grad_norm=1.0, lr=0.25)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 3.5  # nothing was closed or flushed
+    journal.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = [event for event in EventFileLoader(str(file)).Load() if event.HasField("summary")]
+    assert [len(event.summary.value) for event in events] == [3]
+
+
+def test_steps_that_are_taken_again_replace_what_was_there(tmp_path):
+    for after, values in ((0, {1: 1.0, 2: 2.0, 3: 3.0}), (2, {3: 30.0, 4: 40.0})):
+        journal = Journal(tmp_path, after)
+        for step, loss in values.items():
+            journal.write(step, loss=loss)
+        journal.close()
+    due = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert [(line["step"], line["loss"]) for line in read_journal(tmp_path / "metrics.jsonl")] == due
+    assert scalars(tmp_path)["loss"] == due
