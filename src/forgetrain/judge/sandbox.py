@@ -5,7 +5,7 @@
     box.sandboxed, box.description          # True, "bubblewrap 0.8.0: own user, process, network ... namespaces"
 
 Inside there is no network, no home, no repository and no environment of this project's: the interpreter and /usr are
-bound read-only, torch's own packages one by one under /site, the two files that serve an engine and the candidate
+bound read-only, torch's own packages one by one under /site, the three files that serve an engine and the candidate
 under /forge. Only /tmp and /dev/shm can be written, both in memory and of bounded size, and a folder for what
 torch.compile and triton make, when one is given: a candidate's processes share it, so that only the first compiles.
 """
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import forgetrain
-from forgetrain.engine.process import SERVE
+from forgetrain.engine.process import SERVE, SUPERVISE
 from forgetrain.errors import UserError
 from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.target import Target
@@ -85,7 +85,7 @@ def sandbox(
     # where several users' processes are counted together this is no lower than what a busy desktop has
     limits["NPROC"] = 16 * PROCESSES
     engine = engine.resolve()
-    files = {SERVE: "serve.py", SERVE.with_name("protocol.py"): "protocol.py", engine: "engine.py"}
+    files = {file: file.name for file in (SERVE, SUPERVISE, SERVE.with_name("protocol.py"))} | {engine: "engine.py"}
     if cache is not None:
         limits["written"] = SCRATCH
     binds = [] if cache is None else _cache_arguments(cache)
