@@ -126,7 +126,9 @@ class EngineProcess:
                 stderr=subprocess.PIPE,
                 pass_fds=numbers,
                 start_new_session=True,
-                env=_environment(flat, self.device),
+                env=strangers_environment(self.device)
+                if flat
+                else {**RUNTIME, **os.environ, **_of_device(self.device)},
             )
         except OSError:
             for channel in self._channels:
@@ -479,9 +481,14 @@ class _Raised(Exception):
     """The text of an exception in the engine."""
 
 
-def _environment(flat: bool, device: str) -> dict[str, str]:
-    base = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} if flat else dict(os.environ)
-    return {**RUNTIME, **base, **(CUDA_ENVIRONMENT if device == "cuda" else {})}
+def strangers_environment(device: str) -> dict[str, str]:
+    """The environment of a process that runs a stranger's engine."""
+    known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return {**RUNTIME, **known, **_of_device(device)}
+
+
+def _of_device(device: str) -> dict[str, str]:
+    return CUDA_ENVIRONMENT if device == "cuda" else {}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from forgetrain.engine import tree
 from forgetrain.engine.printed import Tail
+from forgetrain.engine.process import strangers_environment
 from forgetrain.errors import UserError
 from forgetrain.gates.g9 import TrainingRun
 from forgetrain.judge.sandbox import Sandbox, training_sandbox
@@ -57,6 +58,7 @@ class ShippedCommand:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            env=strangers_environment(self.target.hardware.device),
         )
         printed = Tail(process.stdout), Tail(process.stderr)
         try:
