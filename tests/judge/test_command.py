@@ -8,6 +8,7 @@ import pytest
 
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
+from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.runner import Judge
 from tests.corpus import built
 
@@ -57,3 +58,29 @@ def test_an_engine_that_is_another_one_in_training_is_found(judged, honest, plan
     (verdict,) = judge(source.replace(honest, planted))
     assert not verdict.passed
     assert verdict.explanation.startswith(said), verdict.explanation
+
+
+#: What the engines of two runs do when they are imported, with the folder for compiled code.
+FIRST = """
+import os, pathlib
+assert "OPENAI_API_KEY" not in os.environ, "a key is within reach"
+pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).mkdir(exist_ok=True)
+pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "region").touch()
+"""
+SECOND = """
+import os, pathlib
+assert pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "region").is_file(), "it was not kept"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_runs_share_what_they_compile_and_see_no_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    target, data = built(tmp_path)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name, planted in (("first", FIRST), ("second", SECOND)):
+        engine = tmp_path / f"{name}.py"
+        engine.write_text(write_engine(target, Plan.textbook()) + planted)
+        command = ShippedCommand(engine, target, data.folder, tmp_path / name, ranks=1, timeout=120.0, cache=cache)
+        assert command.run("--stop-after", "1") is None

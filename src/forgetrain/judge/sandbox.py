@@ -102,9 +102,11 @@ def sandbox(
     )
 
 
-def training_sandbox(engine: Path, target: Target, target_file: Path, data: Path, folder: Path) -> Sandbox:
+def training_sandbox(
+    engine: Path, target: Target, target_file: Path, data: Path, folder: Path, cache: Path | None = None
+) -> Sandbox:
     """A sandbox for ``forgetrain train`` with this engine file: this project with what it needs, the target's file and
-    the built data are read-only, and ``folder``, in which runs are kept, can be written.
+    the built data are read-only, and ``folder``, in which runs are kept, can be written, as can ``cache``, as above.
 
     The command line names python, target.toml, engine.py and runs; ``wrap`` puts in what each is called.
     """
@@ -121,7 +123,10 @@ def training_sandbox(engine: Path, target: Target, target_file: Path, data: Path
     hosts.write_text("127.0.0.1 localhost forge\n", encoding="utf-8")
     renamed = {"python": _interpreter(), "runs": "/runs"}
     renamed |= {name: str(_INSIDE / name) for name in ("target.toml", "engine.py")}
-    binds = ["--bind", str(folder.resolve()), "/runs"]
+    binds = [] if cache is None else _cache_arguments(cache)
+    if cache is not None:
+        limits["written"] = SCRATCH
+    binds += ["--bind", str(folder.resolve()), "/runs"]
     for file, inside in (
         (data.resolve(), f"/runs/{target.name}/data"),
         (target_file.resolve(), renamed["target.toml"]),
@@ -130,9 +135,8 @@ def training_sandbox(engine: Path, target: Target, target_file: Path, data: Path
     ):
         binds += ["--ro-bind", str(file), inside]
     command = (*program, *binds, "--remount-ro", "/", "--")
-    return Sandbox(
-        True, f"{_version()}: no network, nothing but its run is writable", limits, command, (*renamed.items(),)
-    )
+    words = f"{_version()}: no network, nothing but its run is writable"
+    return Sandbox(True, words, limits, command, (*renamed.items(),), cache)
 
 
 def _memory(target: Target, device: str, memory_gib: float | None) -> int:
