@@ -38,15 +38,17 @@ setup-dev: .venv/dev.stamp
 preflight:
 	@$(PYTHON) scripts/setup.py --check
 
-# Slow tests that do not mind being run two at a time; the others kill processes at chosen moments, or time steps.
-TIMELESS := tests/forge/test_align.py tests/redteam tests/engine tests/reference
+# Slow tests that kill processes at chosen moments, or count seconds: one after the other, with nothing beside them. All
+# others run two at a time, of which each takes work from the other when it has none.
+ALONE := $(addprefix tests/,forge/test_kills.py judge/test_ledger.py soak \
+	train/test_bad_input.py train/test_command.py train/test_peers.py)
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2
 
 test-slow: setup-dev
-	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 $(TIMELESS)
-	$(BIN)/python -m pytest -m "slow and not gpu" $(addprefix --ignore ,$(TIMELESS))
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist worksteal $(addprefix --ignore ,$(ALONE))
+	$(BIN)/python -m pytest -m "slow and not gpu" $(ALONE)
 
 soak: setup-dev
 	$(BIN)/python -m tests.soak.soak --kills 100 --ranks 1

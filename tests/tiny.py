@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from forgetrain.engine.contract import Batch, make_batch
 from forgetrain.spec.target import Target, parse_target
+
+if TYPE_CHECKING:
+    from forgetrain.engine.contract import Batch
 
 MODEL = {
     "hidden_size": 32,
@@ -48,6 +48,10 @@ def tiny_target(architecture: str = "minicpm5", **sections: dict[str, Any]) -> T
 
 def random_batch(target: Target, seed: int, *, documents: bool = False) -> Batch:
     """Random tokens at the recipe's shape, the last label masked; with ``documents``, cut in the middle of each row."""
+    import torch  # processes that tests start by the dozen want a target alone
+
+    from forgetrain.engine.contract import make_batch
+
     n, s = target.recipe.batch_size, target.recipe.sequence_length
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, target.model.vocab_size, (n, s + 1), generator=generator)

@@ -12,7 +12,7 @@ import torch
 
 from forgetrain.engine.contract import weight_hash
 from forgetrain.engine.plan import Plan
-from forgetrain.engine.process import EngineFailure, EngineProcess
+from forgetrain.engine.process import SUPERVISE, EngineFailure, EngineProcess
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.compare import difference
@@ -260,3 +260,8 @@ def test_an_engine_that_is_not_deterministic_says_so_and_is_not_asked_to_be(tmp_
     path.write_text(path.read_text() + says)
     with EngineProcess(path, TARGET) as engine:
         assert engine.deterministic is not bool(says)
+
+
+def test_what_starts_the_ranks_does_not_wait_for_torch():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, str(SUPERVISE)], check=False).returncode == 0

@@ -1,7 +1,10 @@
-"""A golden record of a tiny target and the reference that made it, shared by a module's tests."""
+"""Golden records of tiny targets, and the references that made them, shared by tests."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,8 +67,25 @@ class Collected:
 
 
 @pytest.fixture(scope="session")
-def collected(tmp_path_factory) -> Iterator[Callable[[str], Collected]]:
-    """By dtype; each is collected once for the whole run of the tests."""
+def recorded(tmp_path_factory) -> Callable[[Target], GoldenRecord]:
+    """A target's golden record, collected once for the whole run of the tests: by the first worker that asks, while
+    others that ask for the same one wait."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+
+    def of(target: Target) -> GoldenRecord:
+        folder = shared / f"record-{hashlib.sha256(target.model_dump_json().encode()).hexdigest()[:16]}"
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return GoldenRecord.open(folder) if folder.is_dir() else collect(target, folder)
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def collected(recorded) -> Iterator[Callable[[str], Collected]]:
+    """By dtype."""
     made: dict[str, Collected] = {}
     with ExitStack() as running:
 
@@ -73,7 +93,7 @@ def collected(tmp_path_factory) -> Iterator[Callable[[str], Collected]]:
             if dtype not in made:
                 target = tiny_target(precision={"dtype": dtype}, reference={"name": "megatron"})
                 gates = target.at_gates_shape()
-                record = collect(target, tmp_path_factory.mktemp(dtype) / "golden")
+                record = recorded(target)
                 reference = running.enter_context(start_reference(gates))
                 made[dtype] = Collected(target, gates, record, golden_truth(record, gates), reference)
             return made[dtype]

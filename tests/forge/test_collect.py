@@ -144,9 +144,9 @@ def test_a_reference_that_is_not_installed_names_the_remedy(tmp_path, monkeypatc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), [("megatron", "fp32"), ("megatron", "bf16"), ("transformers", "bf16")])
-def test_both_references_at_two_world_sizes(name, dtype, tmp_path):
+def test_both_references_at_two_world_sizes(name, dtype, recorded):
     target = tiny_target(reference={"name": name}, precision={"dtype": dtype})
-    record = collect(target, tmp_path / "golden")
+    record = recorded(target)
     verdict = record.manifest["verdicts"][0]
     other = {"megatron": "transformers", "transformers": "megatron"}[name]
     assert verdict["pass"]
@@ -155,4 +155,4 @@ def test_both_references_at_two_world_sizes(name, dtype, tmp_path):
     assert "4 steps at world size 1, 4 steps at world size 2" in verdict["explanation"]
     assert len(record.trajectory(2)) == 4
     assert record.manifest["reference"]["shims"] == (SHIMS if name == "megatron" else {})
-    assert GoldenRecord.open(tmp_path / "golden").misfit(target, dtype, environment(target)) is None
+    assert GoldenRecord.open(record.folder).misfit(target, dtype, environment(target)) is None

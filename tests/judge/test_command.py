@@ -8,6 +8,7 @@ import pytest
 
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
+from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.runner import Judge
 from tests.corpus import built
 from tests.judge.test_layouts import BOTH, CONTEXT, TENSOR, production
@@ -91,7 +92,7 @@ def test_an_engine_whose_ranks_keep_parts_of_the_weights_passes_on_every_layout(
     assert f"forgetrain train on {said} ends" in verdict.explanation
 
 
-COPY = "flat[place.part].view(place.shape).copy_(given.tensor[box])"
+COPY = "place.of(flat).copy_(given.tensor[box])"
 
 
 COUNTED = "        self.updates += 1\n"
@@ -101,7 +102,7 @@ LESS = "        lr *= 0.9 if self.tensor_rank and 'LOCAL_RANK' in __import__('os
 @pytest.mark.parametrize(
     ("honest", "planted", "said"),
     [
-        (COPY, COPY + '\n                flat[place.part].mul_(kind != "exp_avg" or self.tensor_rank == 0)', "killed"),
+        (COPY, COPY + '\n                place.of(flat).mul_(kind != "exp_avg" or self.tensor_rank == 0)', "killed"),
         (COUNTED, COUNTED + LESS, "once through"),
     ],
 )
@@ -112,3 +113,29 @@ def test_one_tensor_rank_that_is_another_in_training_is_found(honest, planted, s
     (verdict,) = judge(source.replace(honest, planted, 1))
     assert not verdict.passed
     assert verdict.explanation.startswith(said), verdict.explanation
+
+
+#: What the engines of two runs do when they are imported, with the folder for compiled code.
+FIRST = """
+import os, pathlib
+assert "OPENAI_API_KEY" not in os.environ, "a key is within reach"
+pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).mkdir(exist_ok=True)
+pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "region").touch()
+"""
+SECOND = """
+import os, pathlib
+assert pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "region").is_file(), "it was not kept"
+"""
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+def test_runs_share_what_they_compile_and_see_no_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    target, data = built(tmp_path)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for name, planted in (("first", FIRST), ("second", SECOND)):
+        engine = tmp_path / f"{name}.py"
+        engine.write_text(write_engine(target, Plan.textbook()) + planted)
+        command = ShippedCommand(engine, target, data.folder, tmp_path / name, ranks=1, timeout=120.0, cache=cache)
+        assert command.run("--stop-after", "1") is None

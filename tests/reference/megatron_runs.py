@@ -84,6 +84,7 @@ def facts() -> dict[str, Any]:
     fresh.step(batch, 1e-2)
     return {
         "shimmed": getattr(torch.cuda.current_device, "is_shim", False),
+        "the compiler was imported": "torch._inductor.compile_fx" in sys.modules,
         "loaded": loaded,
         "a probe leaves the state": untouched,
         "an infinite norm was applied": bool(refused.applied),

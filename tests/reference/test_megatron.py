@@ -21,6 +21,7 @@ from forgetrain.numerics.compare import difference
 from forgetrain.numerics.init import initial_weights
 from forgetrain.reference import megatron
 from forgetrain.reference.megatron_layout import from_megatron, join_qkv, split_qkv, to_megatron
+from forgetrain.reference.megatron_shims import compiled_when_called
 from forgetrain.spec.taps import tap_names
 from tests.reference.megatron_runs import CASES, target_of
 from tests.tiny import ARCHITECTURES, random_batch, tiny_target
@@ -117,6 +118,7 @@ def test_the_contract(runs):
     facts = json.loads((runs / "facts.json").read_text())
     assert facts == {
         "shimmed": True,
+        "the compiler was imported": False,
         "loaded": True,
         "a probe leaves the state": True,
         "an infinite norm was applied": False,
@@ -134,6 +136,21 @@ def test_shims_stay_in_its_own_process(runs):
     assert torch.zeros(1).type() == "torch.FloatTensor"
     code = "import sys, forgetrain.reference.megatron; sys.exit('megatron' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_marked_for_compiling_is_compiled_at_its_first_call(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or (lambda x: -function(x)))
+
+    def double(x):
+        return 2 * x
+
+    with compiled_when_called():
+        marked, chosen = torch.compile(double), torch.compile(double, dynamic=True)
+    assert (marked.__name__, compiled) == ("double", [double])
+    assert [marked(2), marked(3), chosen(2)] == [-4, -6, -4]
+    assert compiled == [double, double]
+    assert torch.compile(double)(2) == -4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -1,17 +1,21 @@
 """Processes that lose one of theirs, with Gloo on this machine."""
 
+import json
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import PrefixStore
 
 from forgetrain.train.metrics import read_journal
-from forgetrain.train.peers import PEER_LOST
+from forgetrain.train.peers import PEER_LOST, Peers
 from tests.engine.toy import toy
 from tests.train.test_command import finish, forgetrain, wait_for, write_target
 
@@ -61,6 +65,17 @@ def ready(tmp_path):
     target = write_target(tmp_path)
     finish(forgetrain(tmp_path, "data", "build", target))
     return target
+
+
+def test_who_leaves_leaves_no_thread_behind_that_python_would_meet_in_the_store_at_its_end():
+    store, gone = TCPStore("127.0.0.1", 0, 1, True), []
+    PrefixStore("peers", store).set("place/1", json.dumps({"place": "elsewhere", "pid": 1}))
+    with Peers(store, 0, 2, end=gone.append):
+        assert "forgetrain-peers" in [thread.name for thread in threading.enumerate()]
+        began = time.monotonic()
+    assert "forgetrain-peers" not in [thread.name for thread in threading.enumerate()]
+    assert time.monotonic() - began < 0.9  # it does not wait for the thread's next look
+    assert not gone
 
 
 @pytest.mark.slow

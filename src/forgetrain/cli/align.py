@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,8 +18,10 @@ from forgetrain.cli.common import (
     read_target,
     stages,
 )
-from forgetrain.engine.plan import Plan
 from forgetrain.errors import UserError
+
+if TYPE_CHECKING:
+    from forgetrain.engine.plan import Plan
 
 
 def command(
@@ -81,6 +83,8 @@ def command(
 
 
 def _starting_plan(file: Path, engine: Path | None) -> Plan:
+    from forgetrain.engine.plan import Plan
+
     if engine is not None:
         raise UserError("starts a search, and --engine asks for none", key="--plan", remedy="leave one of them out")
     plan = Plan.read(file)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
-from forgetrain.data import inspect as inspection
 from forgetrain.data.build import build_data
 from forgetrain.data.folder import DataFolder, open_data
-from forgetrain.data.loader import Loader
 from forgetrain.data.progress import Display
 from forgetrain.train.display import say
+
+if TYPE_CHECKING:
+    from forgetrain.data.loader import Loader
 
 app = typer.Typer(help="Build a target's tokens, and look at them.", no_args_is_help=True)
 
@@ -53,6 +54,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a row of a training step reads as, facts of the sources, or what is there twice."""
+    from forgetrain.data import inspect as inspection  # these load torch
+    from forgetrain.data.loader import Loader
+
     target = read_target(target_file, overrides)
     data = open_data(runs / target.name / "data", target)
     loader = Loader(data, target)

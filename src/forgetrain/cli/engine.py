@@ -9,8 +9,6 @@ import typer
 
 from forgetrain.cli.common import Json, Overrides, TargetFile, console, emit, read_target
 from forgetrain.durable import write_text
-from forgetrain.engine.plan import Plan
-from forgetrain.engine.write import source_hash, write_engine
 from forgetrain.errors import UserError
 
 app = typer.Typer(help="Engines as files.", no_args_is_help=True)
@@ -32,6 +30,9 @@ def write(
     as_json: Json = False,
 ) -> None:
     """Write the engine of a plan as one flat file that needs torch alone."""
+    from forgetrain.engine.plan import Plan  # these load torch
+    from forgetrain.engine.write import source_hash, write_engine
+
     target = read_target(target_file, overrides)
     source = write_engine(target, Plan.read(plan))
     if out is None:

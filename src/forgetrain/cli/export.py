@@ -9,8 +9,6 @@ import typer
 
 from forgetrain.cli.common import Json, console, emit
 from forgetrain.errors import UserError
-from forgetrain.publish.hf import DTYPES, export_hf
-from forgetrain.publish.parity import TOLERANCE, logits_parity
 from forgetrain.train.display import say
 
 
@@ -23,6 +21,9 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, and check that it computes what the engine computed."""
+    from forgetrain.publish.hf import DTYPES, export_hf  # these load torch
+    from forgetrain.publish.parity import TOLERANCE, logits_parity
+
     if to != "hf":
         raise UserError("no such format", key="--to", value=to, remedy="the format is hf")
     if dtype is not None and dtype not in DTYPES:

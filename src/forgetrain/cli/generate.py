@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from forgetrain.cli.common import Json, console, emit
-from forgetrain.publish.generate import generate
 from forgetrain.train.display import say
 
 
@@ -24,6 +23,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Continue a text with a trained model."""
+    from forgetrain.publish.generate import generate  # loads torch
+
     reply = generate(source, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if not as_json:
         print(reply.prompt + reply.text)

@@ -12,12 +12,8 @@ from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, con
 from forgetrain.cli.plan import plan_table
 from forgetrain.durable import read_json, sha256_file
 from forgetrain.errors import UserError
-from forgetrain.publish.initial import check_initial
 from forgetrain.spec.target import Target, parse_target
 from forgetrain.train.display import say
-from forgetrain.train.loop import train
-from forgetrain.train.profile import parse_steps
-from forgetrain.train.stop import exit_code
 
 RECORD = Path("train") / "run.json"
 
@@ -51,6 +47,11 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Train a target with its engine; also under torchrun, one process a rank."""
+    from forgetrain.publish.initial import check_initial  # these load torch
+    from forgetrain.train.loop import train
+    from forgetrain.train.profile import parse_steps
+    from forgetrain.train.stop import exit_code
+
     if resume and restart:
         raise UserError("cannot go together", key="--resume, --restart", remedy="choose one")
     profiled = None if profile_steps is None else parse_steps(profile_steps)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetrain.engine import admit, serve, tree
+from forgetrain.engine import admit, serve, supervise, tree
 from forgetrain.engine.contract import Batch, Shard, StepResult, weight_hash
 from forgetrain.engine.printed import Tail
 from forgetrain.engine.protocol import Channel, Closed, Message, ProtocolError, Spec, shape_of
@@ -39,7 +39,7 @@ from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
-SERVE = Path(serve.__file__)
+SERVE, SUPERVISE = Path(serve.__file__), Path(supervise.__file__)
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 _WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
 #: What a stranger's engine sees of this process's environment: where programs, libraries and GPUs are.
@@ -70,8 +70,8 @@ class EngineProcess:
         wrap: puts a sandbox's command around the child's command line.
         deterministic: whether torch is asked for deterministic algorithms only.
         guard: whether the child looks, after every request, whether the engine changed what it was given.
-        limits: resource limits by name without RLIMIT_ (serve.py sets them), and ``processes`` and ``resident`` (bytes)
-            of the whole tree and ``written`` (bytes in ``folder``), which a thread here watches.
+        limits: resource limits by name without RLIMIT_ (supervise.py sets them), and ``processes`` and ``resident``
+            (bytes) of the whole tree and ``written`` (bytes in ``folder``), which a thread here watches.
         folder: on this machine's disk, where the engine may write.
         timeout: seconds until an answer has come whole; build_timeout: the same for import and build.
 
@@ -115,8 +115,9 @@ class EngineProcess:
         numbers = [theirs.fileno() for _, theirs in pairs]
         # -P: no folder of the script on the path; -B: no bytecode beside anybody's file; -u: last words are not lost
         engine = str(Path(module).resolve() if flat else module)
-        argv = [sys.executable, "-P", "-B", "-u", str(SERVE), "--engine", engine]
-        argv += ["--channels", ",".join(map(str, numbers)), "--limits", json.dumps(limits)]
+        argv = [sys.executable, "-P", "-B", "-u", str(SERVE if ranks == 1 else SUPERVISE), "--engine", engine]
+        argv += ["--channel" if ranks == 1 else "--channels", ",".join(map(str, numbers))]
+        argv += ["--limits", json.dumps(limits)]
         try:
             self._process = subprocess.Popen(
                 wrap(argv) if wrap else argv,
@@ -125,7 +126,9 @@ class EngineProcess:
                 stderr=subprocess.PIPE,
                 pass_fds=numbers,
                 start_new_session=True,
-                env=_environment(flat, self.device),
+                env=strangers_environment(self.device)
+                if flat
+                else {**RUNTIME, **os.environ, **_of_device(self.device)},
             )
         except OSError:
             for channel in self._channels:
@@ -478,9 +481,14 @@ class _Raised(Exception):
     """The text of an exception in the engine."""
 
 
-def _environment(flat: bool, device: str) -> dict[str, str]:
-    base = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} if flat else dict(os.environ)
-    return {**RUNTIME, **base, **(CUDA_ENVIRONMENT if device == "cuda" else {})}
+def strangers_environment(device: str) -> dict[str, str]:
+    """The environment of a process that runs a stranger's engine."""
+    known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return {**RUNTIME, **known, **_of_device(device)}
+
+
+def _of_device(device: str) -> dict[str, str]:
+    return CUDA_ENVIRONMENT if device == "cuda" else {}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

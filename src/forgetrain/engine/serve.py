@@ -1,11 +1,11 @@
 """The process of an engine: loads one module, and answers build, load, step, loss, state, restore, probe
 and profile.
 
-Run by ``forgetrain.engine.process``, with ``protocol.py`` beside this file and nothing else of this project, so that
-it also runs in a sandbox. The protocol has a socket of its own: what an engine prints cannot end up in a message.
+Run by ``forgetrain.engine.process``, or for one rank of several by ``supervise.py``, with these two files' neighbours
+``protocol.py`` and ``supervise.py`` and nothing else of this project, so that it also runs in a sandbox. The protocol
+has a socket of its own: what an engine prints cannot end up in a message.
 
-    serve.py --engine engine.py --channels 5          one process
-    serve.py --engine engine.py --channels 5,6        starts one process a rank, and is their process group's maker
+    serve.py --engine engine.py --channel 5
 
 It holds no secrets and takes no verdicts; an engine that breaks out of it into this process gains nothing.
 """
@@ -13,15 +13,11 @@ It holds no secrets and takes no verdicts; an engine that breaks out of it into 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib
 import importlib.util
 import json
 import os
-import resource
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import traceback
@@ -36,8 +32,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-
-PR_SET_PDEATHSIG = 1
 
 
 class Batch(NamedTuple):
@@ -265,54 +259,21 @@ def kernel_times(events: list[dict[str, Any]]) -> list[list[Any]]:
     return [["", name, micros / 1e6, calls] for name, (micros, calls) in times.items()]
 
 
-def set_limits(limits: Mapping[str, int]) -> None:
-    """Resource limits by their names in ``resource``, without the RLIMIT_ prefix; a core is never dumped."""
-    for name, value in {"CORE": 0, **limits}.items():
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
-
-
-def die_with_parent() -> None:
-    """On Linux, asks the kernel to kill this process when its parent dies, whatever the engine is doing then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def supervise(arguments: argparse.Namespace, channels: list[int]) -> int:
-    """Starts one process a rank in this process's namespaces; the first that fails ends them all."""
-    with tempfile.TemporaryDirectory() as store:
-        ranks = []
-        for rank, number in enumerate(channels):
-            command = [sys.executable, "-P", "-B", "-u", __file__]
-            command += ["--engine", arguments.engine, "--channels", str(number)]
-            command += ["--rank", str(rank), "--ranks", str(len(channels)), "--store", store]
-            ranks.append(subprocess.Popen(command, pass_fds=[number]))
-            os.close(number)  # so that a rank's death is the end of its channel
-        code = 0
-        for _ in ranks:
-            _, status = os.wait()
-            code = code or os.waitstatus_to_exitcode(status)
-            if code:
-                for process in ranks:
-                    process.kill()
-        return 128 - code if code < 0 else code
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", required=True, help="a path that ends in .py, or a dotted module name")
-    parser.add_argument("--channels", required=True, help="inherited sockets' numbers, one a rank")
+    parser.add_argument("--channel", type=int, required=True, help="an inherited socket's number")
     parser.add_argument("--limits", type=json.loads, default={}, help="JSON object of resource limits")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--store", default="", help="a folder in which ranks find each other")
     arguments = parser.parse_args()
-    die_with_parent()
-    set_limits(arguments.limits)
-    channels = [int(number) for number in arguments.channels.split(",")]
-    if len(channels) > 1:
-        return supervise(arguments, channels)
-    protocol = load_file(Path(__file__).with_name("protocol.py"), "forgetrain_protocol")
-    channel = protocol.Channel(socket.socket(fileno=channels[0]))
+    protocol, supervise = (
+        load_file(Path(__file__).with_name(f"{name}.py"), f"forgetrain_{name}") for name in ("protocol", "supervise")
+    )
+    supervise.die_with_parent()
+    supervise.set_limits(arguments.limits)
+    channel = protocol.Channel(socket.socket(fileno=arguments.channel))
     try:
         Server(channel, arguments.engine, arguments.rank, arguments.ranks, arguments.store).run()
     except protocol.Closed:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from forgetrain.engine import tree
 from forgetrain.engine.printed import Tail
+from forgetrain.engine.process import strangers_environment
 from forgetrain.errors import UserError
 from forgetrain.gates.g9 import TrainingRun
 from forgetrain.judge.sandbox import Sandbox, training_sandbox
@@ -33,15 +34,26 @@ _WATCH = 0.5  # seconds between looks at memory and processes, which read all of
 
 
 class ShippedCommand:
-    """``folder`` must be empty; ``data`` is a built data folder. ``timeout``: seconds for one run."""
+    """``folder`` must be empty; ``data`` is a built data folder. ``timeout``: seconds for one run. ``cache``: a folder
+    of this candidate's alone, for compiled code; runs that share it need not all compile."""
 
-    def __init__(self, engine: Path, target: Target, data: Path, folder: Path, *, ranks: int, timeout: float):
+    def __init__(
+        self,
+        engine: Path,
+        target: Target,
+        data: Path,
+        folder: Path,
+        *,
+        ranks: int,
+        timeout: float,
+        cache: Path | None = None,
+    ):
         self.target, self.ranks, self.timeout = target, ranks, timeout
         self.run_folder = folder / target.name
         self.run_folder.mkdir(parents=True)
         self.target_file = folder / "target.toml"
         self.target_file.write_text(to_toml(target), encoding="utf-8")
-        self.box: Sandbox = training_sandbox(engine, target, self.target_file, data, folder)
+        self.box: Sandbox = training_sandbox(engine, target, self.target_file, data, folder, cache)
 
     def run(self, *options: str, kill_at: int | None = None) -> str | None:
         """Runs ``forgetrain train`` to its end; None when it ended well, else what was wrong, in words.
@@ -57,6 +69,7 @@ class ShippedCommand:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
+            env=strangers_environment(self.target.hardware.device),
         )
         printed = Tail(process.stdout), Tail(process.stderr)
         try:
@@ -76,7 +89,7 @@ class ShippedCommand:
                 return f"did not end within {self.timeout:.0f} s"
             if time.monotonic() > watch:
                 watch = time.monotonic() + _WATCH
-                over = tree.excess(process.pid, self.box.limits)
+                over = tree.excess(process.pid, self.box.limits, self.box.cache)
                 if over is not None:
                     return over
             time.sleep(_LOOK)

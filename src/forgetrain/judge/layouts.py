@@ -180,14 +180,16 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
     tolerance = None if deterministic else SCALARS[target.precision.dtype]["loss"]
     found: dict[str, TrainingRun] = {}
     last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
-    for name in ("once through", "killed and resumed"):
-        with tempfile.TemporaryDirectory(dir=judge.scratch) as folder:
-            options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout}
-            command = ShippedCommand(trial.file, target, judge.data, Path(folder), **options)
-            problem = command.run(*last, kill_at=None if name == "once through" else _COMMAND_CHECKPOINT)
-            if problem is None and name != "once through":
-                problem = command.run(*last, "--resume")
-            found[name] = command.found(problem)
+    # what the first run compiles serves the second and the resumed one, as it does on a user's machine
+    with tempfile.TemporaryDirectory(dir=judge.scratch) as compiled:
+        options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout, "cache": Path(compiled)}
+        for name in ("once through", "killed and resumed"):
+            with tempfile.TemporaryDirectory(dir=judge.scratch) as folder:
+                command = ShippedCommand(trial.file, target, judge.data, Path(folder), **options)
+                problem = command.run(*last, kill_at=None if name == "once through" else _COMMAND_CHECKPOINT)
+                if problem is None and name != "once through":
+                    problem = command.run(*last, "--resume")
+                found[name] = command.found(problem)
     yield g9(due, digest, found, layout=layout_of(target, ranks), tolerance=tolerance, sandboxed=trial.sandboxed)
 
 

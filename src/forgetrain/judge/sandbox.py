@@ -5,7 +5,7 @@
     box.sandboxed, box.description          # True, "bubblewrap 0.8.0: own user, process, network ... namespaces"
 
 Inside there is no network, no home, no repository and no environment of this project's: the interpreter and /usr are
-bound read-only, torch's own packages one by one under /site-packages, the two files that serve an engine and the
+bound read-only, torch's own packages one by one under /site-packages, the three files that serve an engine and the
 candidate under /forge. Only /tmp and /dev/shm can be written, both in memory and of bounded size, and a folder for what
 torch.compile and triton make, when one is given: a candidate's processes share it, so that only the first compiles.
 """
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import forgetrain
-from forgetrain.engine.process import SERVE
+from forgetrain.engine.process import SERVE, SUPERVISE
 from forgetrain.errors import UserError
 from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.target import Target
@@ -87,7 +87,7 @@ def sandbox(
     # where several users' processes are counted together this is no lower than what a busy desktop has
     limits["NPROC"] = 16 * PROCESSES
     engine = engine.resolve()
-    files = {SERVE: "serve.py", SERVE.with_name("protocol.py"): "protocol.py", engine: "engine.py"}
+    files = {file: file.name for file in (SERVE, SUPERVISE, SERVE.with_name("protocol.py"))} | {engine: "engine.py"}
     if cache is not None:
         limits["written"] = SCRATCH
     binds = [] if cache is None else _cache_arguments(cache)
@@ -104,9 +104,11 @@ def sandbox(
     )
 
 
-def training_sandbox(engine: Path, target: Target, target_file: Path, data: Path, folder: Path) -> Sandbox:
+def training_sandbox(
+    engine: Path, target: Target, target_file: Path, data: Path, folder: Path, cache: Path | None = None
+) -> Sandbox:
     """A sandbox for ``forgetrain train`` with this engine file: this project with what it needs, the target's file and
-    the built data are read-only, and ``folder``, in which runs are kept, can be written.
+    the built data are read-only, and ``folder``, in which runs are kept, can be written, as can ``cache``, as above.
 
     The command line names python, target.toml, engine.py and runs; ``wrap`` puts in what each is called.
     """
@@ -123,7 +125,10 @@ def training_sandbox(engine: Path, target: Target, target_file: Path, data: Path
     hosts.write_text("127.0.0.1 localhost forge\n", encoding="utf-8")
     renamed = {"python": _interpreter(), "runs": "/runs"}
     renamed |= {name: str(_INSIDE / name) for name in ("target.toml", "engine.py")}
-    binds = ["--bind", str(folder.resolve()), "/runs"]
+    binds = [] if cache is None else _cache_arguments(cache)
+    if cache is not None:
+        limits["written"] = SCRATCH
+    binds += ["--bind", str(folder.resolve()), "/runs"]
     for file, inside in (
         (data.resolve(), f"/runs/{target.name}/data"),
         (target_file.resolve(), renamed["target.toml"]),
@@ -132,9 +137,8 @@ def training_sandbox(engine: Path, target: Target, target_file: Path, data: Path
     ):
         binds += ["--ro-bind", str(file), inside]
     command = (*program, *binds, "--remount-ro", "/", "--")
-    return Sandbox(
-        True, f"{_version()}: no network, nothing but its run is writable", limits, command, (*renamed.items(),)
-    )
+    words = f"{_version()}: no network, nothing but its run is writable"
+    return Sandbox(True, words, limits, command, (*renamed.items(),), cache)
 
 
 def _memory(target: Target, device: str, memory_gib: float | None) -> int:

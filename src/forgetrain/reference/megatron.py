@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from forgetrain.engine.contract import Batch, Shard, StepResult
 from forgetrain.errors import UserError
 from forgetrain.reference.megatron_layout import from_megatron, to_megatron
-from forgetrain.reference.megatron_shims import apply_shims, share_gpu
+from forgetrain.reference.megatron_shims import apply_shims, compiled_when_called, share_gpu
 from forgetrain.reference.megatron_taps import Collector
 from forgetrain.spec.taps import forward_taps
 from forgetrain.spec.target import Target, parse_target
@@ -252,7 +252,7 @@ def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any =
     parsed = parse_target(dict(target))
     refuse_unsupported(parsed)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), compiled_when_called():
             warnings.simplefilter("ignore")  # that Transformer Engine and Apex are absent is this reference's point
             import megatron.core  # noqa: F401
             from megatron.core import parallel_state

@@ -3,12 +3,16 @@
 megatron-core asks for CUDA in four places that no setting reaches. Each shim has a name, which goes into the golden
 record's manifest; none changes any arithmetic. On a GPU none of them is applied; where two ranks share one, which NCCL
 refuses, they reduce over Gloo, and that needs one of its own.
+
+``compiled_when_called`` is no shim: it changes what importing megatron-core costs, and nothing that it does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -39,6 +43,27 @@ def share_gpu() -> None:
 @contextlib.contextmanager
 def _one_by_one(*_: Any, **__: Any) -> Iterator[None]:
     yield
+
+
+@contextlib.contextmanager
+def compiled_when_called() -> Iterator[None]:
+    """megatron-core is imported in this block: what it marks for torch.compile is given to that at its first call.
+
+    Marking alone imports TorchInductor, a third of what starting a process of this reference costs, and the local
+    layers call nothing that is marked."""
+    compile_now = torch.compile
+
+    def compile_late(model: Any = None, **options: Any) -> Any:
+        if not isinstance(model, FunctionType) or options:
+            return compile_now(model, **options)
+        compiled = functools.cache(lambda: compile_now(model))
+        return functools.wraps(model)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    torch.compile = compile_late
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def apply_shims() -> None:

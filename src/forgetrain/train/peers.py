@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -60,6 +61,7 @@ class Peers:
         names = [f"place/{other}" for other in self._others]
         self._peers = dict(zip(self._others, map(json.loads, self._store.multi_get(names)), strict=True))
         self._stopping = threading.Event()
+        self._woken, self._wake = os.pipe()  # for the thread, which sleeps in poll
         self._thread = threading.Thread(target=self._watch, name="forgetrain-peers", daemon=True)
 
     def __enter__(self) -> Peers:
@@ -76,22 +78,27 @@ class Peers:
         self.leave("" if error is None else f"{type(error).__name__}: {error}".partition("\n")[0])
 
     def leave(self, error: str) -> None:
-        """Says that this rank leaves, and by which error if any; the watch ends."""
+        """Says that this rank leaves, and by which error if any; the watch ends.
+
+        The thread has ended when this returns: in a call of the store while Python ends, it would abort the process."""
         self._stopping.set()
-        try:
+        with suppress(RuntimeError):  # the store is on the first rank's host, which may be the one that is gone
             self._store.set(f"left/{self.rank}", error)
-        except RuntimeError:  # the store is on the first rank's host, which may be the one that is gone
-            return
+        os.close(self._wake)
+        self._thread.join(2 * SECONDS_BETWEEN_LOOKS)
 
     def _watch(self) -> None:
         descriptors = self._descriptors()
         poll = select.poll()
-        for descriptor in descriptors:
+        for descriptor in (*descriptors, self._woken):
             poll.register(descriptor, select.POLLIN)
         seen = {other: (b"", time.monotonic()) for other in self._others}
         number = 0
         while not self._stopping.is_set():
-            for descriptor, _ in poll.poll(1000 * SECONDS_BETWEEN_LOOKS):
+            ended = poll.poll(1000 * SECONDS_BETWEEN_LOOKS)
+            if self._stopping.is_set():
+                break
+            for descriptor, _ in ended:
                 poll.unregister(descriptor)
                 self._gone(descriptors[descriptor], "its process ended without a word: killed, or out of memory")
             number += 1
@@ -99,8 +106,8 @@ class Peers:
                 self._look(number, seen)
             except RuntimeError as error:
                 self._store_lost(error)
-                return
-        for descriptor in descriptors:
+                break
+        for descriptor in (*descriptors, self._woken):
             os.close(descriptor)
 
     def _descriptors(self) -> dict[int, int]:
