@@ -95,7 +95,8 @@ class ShippedCommand:
             time.sleep(_LOOK)
         if process.returncode == 0:
             return None if kill_at is None else "ended before it could be killed"
-        lines = [line.strip() for line in printed.text().splitlines() if line.strip()]
+        # torchrun ends its report of a rank that failed by a line of signs; the one before tells a signal
+        lines = [line.strip() for line in printed.text().splitlines() if any(map(str.isalnum, line))]
         told = [line for line in lines if line.startswith("forgetrain: ") or "Error: " in line] or lines
         return f"exit code {process.returncode}; {told[-1][:300] if told else 'it printed nothing'}"
 

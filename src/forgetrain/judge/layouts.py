@@ -112,14 +112,15 @@ def _bits(trial: Trial) -> Verdict:
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
     with trial.judge.trusted(trial.judge.reference, target, ranks=ranks) as reference:
         due = from_weights(reference, weights, stream, steps)
-    found, alone = (_run(trial, number, stream, weights) for number in (ranks, 1))
+    found = _run(trial, ranks, stream, weights)
+    alone = found if ranks == 1 else _run(trial, 1, stream, weights)
     return g3(
         due,
         found.records,
         alone.records[1:],
         alone.resumed,
         ranks=ranks,
-        restarted_ranks=(found.records[1:], found.resumed),
+        restarted_ranks=None if ranks == 1 else (found.records[1:], found.resumed),
         sandboxed=trial.sandboxed,
     )
 
