@@ -126,9 +126,7 @@ class EngineProcess:
                 stderr=subprocess.PIPE,
                 pass_fds=numbers,
                 start_new_session=True,
-                env=strangers_environment(self.device)
-                if flat
-                else {**RUNTIME, **os.environ, **_of_device(self.device)},
+                env=strangers_environment(self.device) if flat else _own_environment(self.device),
             )
         except OSError:
             for channel in self._channels:
@@ -485,6 +483,11 @@ def strangers_environment(device: str) -> dict[str, str]:
     """The environment of a process that runs a stranger's engine."""
     known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     return {**RUNTIME, **known, **_of_device(device)}
+
+
+def _own_environment(device: str) -> dict[str, str]:
+    """The environment of a process that runs an engine of this project's: what the user has set holds."""
+    return {**RUNTIME, **os.environ, **_of_device(device)}
 
 
 def _of_device(device: str) -> dict[str, str]:

@@ -1,9 +1,9 @@
 """The process of an engine: loads one module, and answers build, load, step, loss, state, restore, probe
 and profile.
 
-Run by ``forgetrain.engine.process``, or for one rank of several by ``supervise.py``, with these two files' neighbours
-``protocol.py`` and ``supervise.py`` and nothing else of this project, so that it also runs in a sandbox. The protocol
-has a socket of its own: what an engine prints cannot end up in a message.
+Run by ``forgetrain.engine.process``, or by ``supervise.py`` for one rank of several. It needs ``protocol.py`` and
+``supervise.py`` beside it and nothing else of this project, so that it also runs in a sandbox. The protocol has a
+socket of its own: what an engine prints cannot end up in a message.
 
     serve.py --engine engine.py --channel 5
 
