@@ -10,12 +10,16 @@ import pytest
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
-from forgetrain.judge.cluster import Cluster, Place
-from forgetrain.judge.runner import KNOWN_GOOD, Effort
+from forgetrain.judge.cluster import PHASES, Cluster, Place
+from forgetrain.judge.runner import KNOWN_GOOD, NUMERIC, Effort
 from tests.tiny import tiny_target
 
 ray_needed = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 EFFORT = Effort(pairs=5, steps=1, warm_up=1)
+
+
+def test_a_cluster_asks_every_gate_in_the_judges_order():
+    assert tuple(gate for gates, _ in PHASES for gate in gates) == NUMERIC
 
 
 def test_races_of_a_node_take_turns():

@@ -29,7 +29,7 @@ from forgetrain.numerics.determinism import fingerprint
 from forgetrain.spec.target import Target, parse_target
 
 #: The gates in the order in which they run, and whether a node's workers run them side by side.
-PHASES = ((("contract", "G4.update", "G4"), True), (("G7", "G8"), False), (("G5", "G6"), True))
+PHASES = ((("contract", "G4.update", "G4"), True), (("G7", "G8"), False), (("G5", "G6", "G3", "G9"), True))
 
 
 def environment_of(target: Target) -> dict[str, Any]:
