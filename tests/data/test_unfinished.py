@@ -171,8 +171,11 @@ def _alive(pid):
         return False
 
 
-def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch):
-    target = two_sources(tmp_path)
+@pytest.mark.parametrize("when", ["at once", "some time"])
+def test_a_worker_that_dies_is_one_line(when, tmp_path, monkeypatch):
+    target, send = two_sources(tmp_path), worker._send
+    if when == "at once":  # before it was sent anything
+        monkeypatch.setattr(worker, "_send", lambda process, what: process.wait() and send(process, what))
     monkeypatch.setattr(tokenise, "SMALL", 1)
     monkeypatch.setattr(
         worker, "_COMMAND", [sys.executable, "-c", f"import os; os.kill(os.getpid(), {signal.SIGKILL})"]

@@ -111,7 +111,8 @@ class Workers:
             process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             self._processes.append(process)
             self._idle.put(process)
-            _send(process, self._settings)
+            with suppress(OSError):  # one that is dead already is named when it is asked for something
+                _send(process, self._settings)
         return self
 
     def __exit__(
