@@ -98,3 +98,23 @@ def test_without_a_sandbox_a_pass_counts_only_when_it_was_allowed(place, outcome
 def test_some_gates_are_no_verdict_on_the_engine(place, outcome):
     assert run("--gates", "contract,G4").exit_code == 0
     assert not Path("verdicts.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("extra", "layout"),
+    [((), "2 tensor ranks"), (("--set", "gates.ranks=4"), "2 data ranks x 2 tensor ranks")],
+)
+def test_a_layout_of_ranks_is_asked_for_with_set(place, extra, layout):
+    wanted = ("parallel.tensor=2", "gates.micro_batch_size=1", "recipe.micro_batch_size=1", "hardware.threads=1")
+    options = [part for value in wanted for part in ("--set", value)] + list(extra)
+    plan = 'schedule = "production"\nrope_tables = "fp32"\nattention_kernel = "blocked"\n'
+    Path("plan.toml").write_text(plan)
+    written = CliRunner().invoke(app, ["engine", "write", "tiny.toml", "--plan", "plan.toml", *options])
+    assert written.exit_code == 0
+    # uncompiled: the arithmetic is the same, and compiling takes seconds a region and process
+    Path("engine.py").write_text(written.stdout.replace("@torch.compile(dynamic=False)\n", ""))
+    result = run("--gates", "G3", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "G3 passed." in result.stderr
+    assert f"{layout}: " in result.stderr
