@@ -66,7 +66,7 @@ _HOPPER_LIBRARIES = {"flash4": "flash_attention", "quack": "gated"}
 
 def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     """The engine's source. ``facts`` are lines for its header: golden record, verdicts, measured speed."""
-    require_ranks(target, plan)
+    require_schedule(target, plan)
     if plan["schedule"] == "hopper":
         return write_hopper(target, plan, facts)
     if plan["schedule"] == "fsdp":
@@ -133,6 +133,13 @@ def _rendered(
     return format_source(text)
 
 
+def require_schedule(target: Target, plan: Plan) -> None:
+    """Raises UserError for ranks and kernels that the plan's schedule does not have, before anything is written."""
+    require_ranks(target, plan)
+    if plan["schedule"] == "hopper":
+        require_hopper_kernels(target, plan)
+
+
 def require_ranks(target: Target, plan: Plan) -> None:
     """Raises UserError when the target wants ranks to share layers or rows, and the plan's schedule or kernel, or Muon,
     cannot."""
@@ -158,8 +165,8 @@ def require_ranks(target: Target, plan: Plan) -> None:
         )
 
 
-def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
-    """The engine of the hopper schedule. Raises UserError for what its kernels do not have."""
+def require_hopper_kernels(target: Target, plan: Plan) -> None:
+    """Raises UserError for what the kernels of the hopper schedule do not have."""
     model, documents = target.model, target.data.documents
     if documents != "ignore" and plan["attention_library"] != "flash4":
         raise UserError(
@@ -176,6 +183,11 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         if given != needed:
             remedy = f"set it to {needed!r}, or choose another schedule in the plan"
             raise UserError("the hopper schedule has no kernel for it", key=key, value=given, remedy=remedy)
+
+
+def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
+    """The engine of the hopper schedule, of which ``require_schedule`` has asked nothing that its kernels lack."""
+    model = target.model
     sharded = plan["optimizer_state"] == "sharded"
     chosen = {name: name in (plan["attention_library"], plan["swiglu_library"]) for name in _HOPPER_LIBRARIES}
     modules = [*_HOPPER_MODULES, *(module for name, module in _HOPPER_LIBRARIES.items() if chosen[name])]
@@ -187,8 +199,8 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         [(key, name) for key, name in plan.items() if not (chosen["quack"] and key == "rank_gate_up_forward")],
         sources="\n\n".join(map(_module_source, modules)),
         **chosen,
-        masked=documents != "ignore",
-        first=", micro.first" if documents == "mask+reset" else "",
+        masked=target.data.documents != "ignore",
+        first=", micro.first" if target.data.documents == "mask+reset" else "",
         sharded=sharded,
         tensor=1,
         flat="weight" if sharded else "master",

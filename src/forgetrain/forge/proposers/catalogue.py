@@ -16,7 +16,7 @@ import warnings
 import optuna
 
 from forgetrain.engine.plan import HOPPER, SCHEDULE, SIZED, Plan
-from forgetrain.engine.write import source_hash, write_engine
+from forgetrain.engine.write import require_schedule, source_hash, write_engine
 from forgetrain.errors import UserError
 from forgetrain.forge.proposers.base import Brief, NoProposal, Proposal
 from forgetrain.spec.target import Target
@@ -129,7 +129,7 @@ def _search_space(target: Target, start: Plan) -> tuple[Plan, dict[str, tuple[st
 
 def _has_kernels(target: Target, plan: Plan) -> bool:
     try:
-        write_engine(target, plan)
+        require_schedule(target, plan)
     except UserError:
         return False
     return True
