@@ -63,6 +63,19 @@ def test_rates_differ_and_stay_within_the_recipe_s():
     assert TARGET.recipe.lr / 3 <= min(rates) <= max(rates) <= TARGET.recipe.lr
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_four_steps_have_a_rate_of_every_quarter(seed):
+    stream = Stream(TARGET, seed)
+    shares = [(stream.rate(step) / TARGET.recipe.lr - 1 / 3) * 3 / 2 for step in range(8)]
+    for block in (shares[:4], shares[4:]):
+        assert sorted(int(4 * share + 1e-9) for share in block) == [0, 1, 2, 3]
+
+
+def test_the_order_of_the_quarters_is_the_seeds():
+    orders = {tuple(sorted(range(4), key=Stream(TARGET, seed).rate)) for seed in range(40)}
+    assert len(orders) > 10
+
+
 def test_seeds():
     assert draw_seed() != draw_seed()
     assert derive(1, "a") != derive(1, "b") != derive(2, "b")

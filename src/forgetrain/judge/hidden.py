@@ -74,8 +74,12 @@ class Stream:
         return made._replace(mask=mask, loss_denominator=mask.sum())
 
     def rate(self, step: int) -> float:
-        """Learning rates between a third of the recipe's and all of it, no two alike."""
-        return self.target.recipe.lr * (1 + 2 * (derive(self.seed, "rate", step) % 1000) / 1000) / 3
+        """Learning rates between a third of the recipe's and all of it, no two alike; each four steps of a block have
+        one of every quarter, so that no few steps lie all on one side of a rate that a candidate waits for."""
+        block, place = divmod(step, 4)
+        quarters = sorted(range(4), key=lambda quarter: derive(self.seed, "quarter", block, quarter))
+        share = (quarters[place] + derive(self.seed, "rate", step) % 1000 / 1000) / 4
+        return self.target.recipe.lr * (1 + 2 * share) / 3
 
     def _real(self, step: int) -> Batch:
         assert self.loader is not None

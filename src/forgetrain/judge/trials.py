@@ -159,7 +159,7 @@ def errors(trial: Trial) -> Iterator[Verdict]:
         two = [hidden_weights(target.model, derive(trial.seed, "G4", precision, which)) for which in range(2)]
         count = trial.judge.effort.g4_batches
         numbers = [0 if i == count // 2 else i for i in range(count)]
-        cases = [(two[2 * i // count], stream.at(n), stream.rate(n)) for i, n in enumerate(numbers)]
+        cases = [(two[2 * i // count], stream.at(n), stream.rate(i)) for i, n in enumerate(numbers)]
         with trial.process(target, precision=precision) as engine:
             mine = [clipped_gradients(engine, *case) for case in cases]
         with trial.judge.trusted(trial.judge.reference, target, precision=precision) as reference:
