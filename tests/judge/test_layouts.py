@@ -132,13 +132,40 @@ def test_what_a_rank_leaves_out_is_found(name, tmp_path):
     assert verdict.explanation.startswith(said), verdict.explanation
 
 
+#: The same, planted where the engine runs in bf16 alone.
+IN_BF16 = {
+    "a rank forgets its share of the norms' gradients": (
+        SEND,
+        '            if self.dtype == torch.bfloat16 and bucket == "vectors" and dist.get_rank(self.group):\n'
+        "                self.grad.flat[part].zero_()\n" + SEND,
+    ),
+    "the others' new norms do not arrive": (
+        BROADCAST,
+        'dist.broadcast(self.weight.flat[part].clone() if self.dtype == torch.bfloat16 and bucket == "vectors" and '
+        "self.updates else self.weight.flat[part], group_src",
+    ),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(DEFECTS)[:3:2])
+@pytest.mark.parametrize("name", IN_BF16)
 def test_what_a_rank_leaves_out_is_found_in_bf16_too(name, tmp_path):
-    parallel, ranks, honest, planted, _ = DEFECTS[name]
+    honest, planted = IN_BF16[name]
+    target = layout({}, 2, dtype="bf16")
+    source = production(target)
+    assert source.count(honest) == 1
+    (verdict,) = judged(tmp_path, target, source.replace(honest, planted), gates=("G3",)).verdicts
+    assert not verdict.passed
+    assert " in fp32" not in verdict.explanation
+
+
+@pytest.mark.slow
+def test_a_bf16_engine_is_held_to_the_exact_mode_first(tmp_path):
+    parallel, ranks, honest, planted, said = DEFECTS["one of four forgets its share"]
     target = layout(parallel, ranks, dtype="bf16")
     (verdict,) = judged(tmp_path, target, production(target).replace(honest, planted), gates=("G3",)).verdicts
     assert not verdict.passed
+    assert verdict.explanation.startswith(said.replace(": ", " in fp32: "))
 
 
 def test_bits_are_not_asked_of_ranks_that_share(tmp_path):

@@ -74,10 +74,11 @@ def _failed(name: str, parting: Parting, steps: int, sandboxed: bool) -> Verdict
 #: How many times as far from the reference's as a known-good engine's a quantity may be.
 FACTOR = 4.0
 #: What is allowed where the known-good engine happens to be nearer: the order of sums alone, by dtype. ``moments``: of
-#: each kind of parameter.
+#: each kind of parameter. In bf16 twice what honest engines on 2 x 2 ranks were seen to take of it: their norms differ
+#: by up to 0.017 where the known-good engine's, by luck, do by 0.0006. What a share of a sum is worth is far above.
 FLOORS = {
     "fp32": {"loss": 1e-5, "grad_norm": 1e-5, "moments": 1e-3},
-    "bf16": {"loss": 3e-3, "grad_norm": 1e-2, "moments": 0.1},
+    "bf16": {"loss": 5e-3, "grad_norm": 3e-2, "moments": 0.2},
 }
 
 

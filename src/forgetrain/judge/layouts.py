@@ -75,8 +75,12 @@ def across_ranks(trial: Trial) -> Iterator[Verdict]:
     A sum over two ranks has one value. One over four has several, and which it is depends on where in its bucket an
     element lies: an aligned engine's losses and norm were the reference's there, and its weights were not.
     """
-    bits = trial.bitwise and _ranks(trial.judge.gates_target) <= 2
-    yield _bits(trial) if bits else _near(trial)
+    if trial.bitwise and _ranks(trial.judge.gates_target) <= 2:
+        yield _bits(trial)
+        return
+    # in the exact mode first, where rounding hides nothing; then what is particular to the target's dtype
+    verdict, dtype = _near(trial, "fp32"), trial.judge.gates_target.precision.dtype
+    yield verdict if dtype == "fp32" or not verdict.passed else _near(trial, dtype)
 
 
 @dataclass(frozen=True)
@@ -91,16 +95,17 @@ class _Run:
     deterministic: bool
 
 
-def _run(trial: Trial, ranks: int, stream: Stream, weights: dict[str, Tensor]) -> _Run:
+def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: Any) -> _Run:
+    """``options`` are ``Judge.process``'s: ranks, precision."""
     target, steps = trial.judge.gates_target, trial.judge.effort.g3_steps
-    with trial.process(target, ranks=ranks) as engine:
+    with trial.process(target, **options) as engine:
         engine.load(weights)
         before = engine.state()
         first = list(trajectory(engine, stream, 0, 1))
         state = engine.state()
         rest = list(trajectory(engine, stream, 1, steps))
         after, deterministic = engine.state(), engine.deterministic
-    with trial.process(target, ranks=ranks) as engine:
+    with trial.process(target, **options) as engine:
         engine.restore(state)
         resumed = list(trajectory(engine, stream, 1, steps))
     return _Run(before, [*first, *rest], after, resumed, deterministic)
@@ -112,8 +117,8 @@ def _bits(trial: Trial) -> Verdict:
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
     with trial.judge.trusted(trial.judge.reference, target, ranks=ranks) as reference:
         due = from_weights(reference, weights, stream, steps)
-    found = _run(trial, ranks, stream, weights)
-    alone = found if ranks == 1 else _run(trial, 1, stream, weights)
+    found = _run(trial, stream, weights, ranks=ranks)
+    alone = found if ranks == 1 else _run(trial, stream, weights, ranks=1)
     return g3(
         due,
         found.records,
@@ -125,26 +130,27 @@ def _bits(trial: Trial) -> Verdict:
     )
 
 
-def _near(trial: Trial) -> Verdict:
+def _near(trial: Trial, precision: str) -> Verdict:
     judge, target = trial.judge, trial.judge.gates_target
     ranks, stream = _ranks_with_devices(judge), trial.stream(target, "G3")
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
 
     def trained(module: str | Path, ranks: int) -> tuple[list[StepRecord], State]:
-        with judge.trusted(module, target, ranks=ranks) as engine:
+        with judge.trusted(module, target, ranks=ranks, precision=precision) as engine:
             return from_weights(engine, weights, stream, judge.effort.g3_steps), engine.state()
 
     due = trained(judge.reference, ranks // target.parallel.sharing)
     known_good = trained(judge.known_good, 1)
-    run = _run(trial, ranks, stream, weights)
+    run = _run(trial, stream, weights, ranks=ranks, precision=precision)
+    layout = layout_of(target, ranks)
     return g3_near(
         _distances(target, run.before, (run.records, run.after), due),
         _distances(target, run.before, known_good, due),
         run.records[1:],
         run.resumed,
-        layout=layout_of(target, ranks),
-        precision=target.precision.dtype,
-        tolerance=None if run.deterministic else SCALARS[target.precision.dtype]["loss"],
+        layout=layout if precision == target.precision.dtype else f"{layout} in {precision}",
+        precision=precision,
+        tolerance=None if run.deterministic else SCALARS[precision]["loss"],
         sandboxed=trial.sandboxed,
     )
 
