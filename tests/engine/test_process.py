@@ -12,7 +12,7 @@ import torch
 
 from forgetrain.engine.contract import weight_hash
 from forgetrain.engine.plan import Plan
-from forgetrain.engine.process import SUPERVISE, EngineFailure, EngineProcess
+from forgetrain.engine.process import EngineFailure, EngineProcess
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.compare import difference
@@ -262,6 +262,18 @@ def test_an_engine_that_is_not_deterministic_says_so_and_is_not_asked_to_be(tmp_
         assert engine.deterministic is not bool(says)
 
 
-def test_what_starts_the_ranks_does_not_wait_for_torch():
-    code = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code, str(SUPERVISE)], check=False).returncode == 0
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_determinism_is_asked_for_without_importing_the_compiler_and_reaches_it_when_it_is(tmp_path, ranks):
+    path = toy(
+        tmp_path,
+        build="import sys; assert 'torch._inductor' not in sys.modules; from torch._inductor import config; "
+        "assert config.deterministic",
+    )
+    with EngineProcess(path, TARGET, ranks=ranks) as engine:
+        assert engine.deterministic
+
+
+def test_ranks_are_forked_when_torch_was_imported(tmp_path):
+    path = toy(tmp_path, build="assert b'serve.py' in open(f'/proc/{os.getppid()}/cmdline', 'rb').read()")
+    with EngineProcess(path, TARGET, ranks=2):
+        pass

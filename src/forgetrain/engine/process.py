@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetrain.engine import admit, serve, supervise, tree
+from forgetrain.engine import admit, serve, tree
 from forgetrain.engine.contract import Batch, Shard, StepResult, weight_hash
 from forgetrain.engine.printed import Tail
 from forgetrain.engine.protocol import Channel, Closed, Message, ProtocolError, Spec, shape_of
@@ -39,7 +39,7 @@ from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
-SERVE, SUPERVISE = Path(serve.__file__), Path(supervise.__file__)
+SERVE = Path(serve.__file__)
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 _WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
 #: What a stranger's engine sees of this process's environment: where programs, libraries and GPUs are.
@@ -115,9 +115,8 @@ class EngineProcess:
         numbers = [theirs.fileno() for _, theirs in pairs]
         # -P: no folder of the script on the path; -B: no bytecode beside anybody's file; -u: last words are not lost
         engine = str(Path(module).resolve() if flat else module)
-        argv = [sys.executable, "-P", "-B", "-u", str(SERVE if ranks == 1 else SUPERVISE), "--engine", engine]
-        argv += ["--channel" if ranks == 1 else "--channels", ",".join(map(str, numbers))]
-        argv += ["--limits", json.dumps(limits)]
+        argv = [sys.executable, "-P", "-B", "-u", str(SERVE), "--engine", engine]
+        argv += ["--channels", ",".join(map(str, numbers)), "--limits", json.dumps(limits)]
         try:
             self._process = subprocess.Popen(
                 wrap(argv) if wrap else argv,

@@ -1,11 +1,12 @@
-"""The process of an engine: loads one module, and answers build, load, step, loss, state, restore, probe
-and profile.
+"""The processes of an engine, one a rank: each loads one module, and answers build, load, step, loss, state, restore,
+probe and profile.
 
-Run by ``forgetrain.engine.process``, or by ``supervise.py`` for one rank of several. It needs ``protocol.py`` and
-``supervise.py`` beside it and nothing else of this project, so that it also runs in a sandbox. The protocol has a
-socket of its own: what an engine prints cannot end up in a message.
+Run by ``forgetrain.engine.process``. It needs ``protocol.py`` and ``supervise.py`` beside it and nothing else of this
+project, so that it also runs in a sandbox. The protocol has a socket of its own for each rank: what an engine prints
+cannot end up in a message.
 
-    serve.py --engine engine.py --channel 5
+    serve.py --engine engine.py --channels 5
+    serve.py --engine engine.py --channels 5,6
 
 It holds no secrets and takes no verdicts; an engine that breaks out of it into this process gains nothing.
 """
@@ -13,6 +14,7 @@ It holds no secrets and takes no verdicts; an engine that breaks out of it into 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -53,6 +55,16 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
+def deterministic_algorithms(wanted: bool) -> None:
+    """As ``torch.use_deterministic_algorithms``, which imports torch's whole compiler to tell it: a second that most
+    processes never need. The compiler reads its environment when it is imported, if ever."""
+    torch.set_deterministic_debug_mode("error" if wanted else "default")
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = str(int(wanted))
+    compiler: Any = sys.modules.get("torch._inductor.config")
+    if compiler is not None:
+        compiler.deterministic = wanted
+
+
 def load_file(path: Path, name: str) -> ModuleType:
     """Imports one file under ``name``, without putting its folder on the path."""
     spec = importlib.util.spec_from_file_location(name, path)
@@ -91,7 +103,7 @@ class Server:
         self.guard = fields["guard"]
         torch.set_num_threads(fields["threads"])
         if fields["deterministic"]:
-            torch.use_deterministic_algorithms(True)
+            deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             torch.backends.cuda.matmul.allow_tf32 = False
             torch.backends.cudnn.allow_tf32 = False
@@ -105,7 +117,7 @@ class Server:
         module = load_file(path, "engine") if path.suffix == ".py" else importlib.import_module(self.module)
         deterministic = bool(getattr(module, "DETERMINISTIC", True))
         if not deterministic:  # an engine that cannot be says so, and is held to a band of its own
-            torch.use_deterministic_algorithms(False)
+            deterministic_algorithms(False)
         self.engine = module.build(fields["target"], device=self.device, precision=fields["precision"], mesh=mesh)
         return "done", {"deterministic": deterministic}
 
@@ -262,23 +274,23 @@ def kernel_times(events: list[dict[str, Any]]) -> list[list[Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", required=True, help="a path that ends in .py, or a dotted module name")
-    parser.add_argument("--channel", type=int, required=True, help="an inherited socket's number")
+    parser.add_argument("--channels", required=True, help="inherited sockets' numbers, one a rank")
     parser.add_argument("--limits", type=json.loads, default={}, help="JSON object of resource limits")
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--store", default="", help="a folder in which ranks find each other")
     arguments = parser.parse_args()
     protocol, supervise = (
         load_file(Path(__file__).with_name(f"{name}.py"), f"forgetrain_{name}") for name in ("protocol", "supervise")
     )
     supervise.die_with_parent()
     supervise.set_limits(arguments.limits)
-    channel = protocol.Channel(socket.socket(fileno=arguments.channel))
-    try:
-        Server(channel, arguments.engine, arguments.rank, arguments.ranks, arguments.store).run()
-    except protocol.Closed:
-        return 0  # the parent is gone or has closed the channel
-    return 0
+    channels = [int(number) for number in arguments.channels.split(",")]
+
+    def serve(rank: int, number: int, store: str) -> int:
+        channel = protocol.Channel(socket.socket(fileno=number))
+        with contextlib.suppress(protocol.Closed):  # the parent is gone or has closed the channel
+            Server(channel, arguments.engine, rank, len(channels), store).run()
+        return 0
+
+    return supervise.in_ranks(serve, channels)
 
 
 if __name__ == "__main__":

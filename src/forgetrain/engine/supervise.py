@@ -1,23 +1,16 @@
-"""The parent of an engine's ranks: one process of serve.py each, in this process's namespaces and under its limits.
-
-    supervise.py --engine engine.py --channels 5,6
-
-Nothing here imports torch: the ranks, which do, would start only after it.
-"""
+"""The processes of an engine's ranks, in their parent's namespaces and under its limits. For ``serve.py``, beside which
+it lies in a sandbox too."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import os
 import resource
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 PR_SET_PDEATHSIG = 1
 
@@ -34,36 +27,32 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def supervise(engine: str, channels: list[int]) -> int:
-    """Starts one process a rank; the first that fails ends them all."""
-    with tempfile.TemporaryDirectory() as store:
-        ranks = []
-        for rank, number in enumerate(channels):
-            command = [sys.executable, "-P", "-B", "-u", str(Path(__file__).with_name("serve.py"))]
-            command += ["--engine", engine, "--channel", str(number)]
-            command += ["--rank", str(rank), "--ranks", str(len(channels)), "--store", store]
-            ranks.append(subprocess.Popen(command, pass_fds=[number]))
-            os.close(number)  # so that a rank's death is the end of its channel
-        code = 0
-        for _ in ranks:
-            _, status = os.wait()
-            code = code or os.waitstatus_to_exitcode(status)
-            if code:
-                for process in ranks:
-                    process.kill()
-        return 128 - code if code < 0 else code
+def in_ranks(serve: Callable[[int, int, str], int], channels: list[int]) -> int:
+    """Calls ``serve(rank, channel, store)``, with one channel here, with several in one process each: forks, so that
+    what was imported until here is not imported once a rank. The first that fails ends them all.
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", required=True, help="a path that ends in .py, or a dotted module name")
-    parser.add_argument("--channels", required=True, help="inherited sockets' numbers, one a rank")
-    parser.add_argument("--limits", type=json.loads, default={}, help="JSON object of resource limits")
-    arguments = parser.parse_args()
-    die_with_parent()
-    set_limits(arguments.limits)
-    return supervise(arguments.engine, [int(number) for number in arguments.channels.split(",")])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    ``channels``: sockets' numbers. ``store``: a folder in which ranks find each other. Returns the exit code, in every
+    one of the processes."""
+    if len(channels) == 1:
+        return serve(0, channels[0], "")
+    store = tempfile.mkdtemp()
+    ranks = []
+    for rank, number in enumerate(channels):
+        process = os.fork()
+        if process == 0:
+            die_with_parent()
+            for other in channels[rank + 1 :]:
+                os.close(other)
+            return serve(rank, number, store)
+        ranks.append(process)
+        os.close(number)  # so that a rank's death is the end of its channel
+    code = 0
+    for _ in channels:
+        process, status = os.wait()
+        ranks.remove(process)
+        code = code or os.waitstatus_to_exitcode(status)
+        if code:
+            for left in ranks:
+                os.kill(left, signal.SIGKILL)
+    shutil.rmtree(store, ignore_errors=True)
+    return 128 - code if code < 0 else code

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from forgetrain.engine.plan import Plan, choices
+from forgetrain.engine.serve import deterministic_algorithms
 from forgetrain.engine.write import load_engine, source_hash, write_engine
 from forgetrain.forge.suspects import familiar, suspects
 from forgetrain.forge.truth import Truth, show
@@ -220,7 +221,7 @@ def pinned(hardware: Hardware) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
+        deterministic_algorithms(before[1])
         torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
         if hardware.device == "cuda":  # the last candidate is gone; processes that share the GPU need its memory
             torch.cuda.empty_cache()

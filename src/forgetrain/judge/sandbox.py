@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import forgetrain
-from forgetrain.engine.process import SERVE, SUPERVISE
+from forgetrain.engine.process import SERVE
 from forgetrain.errors import UserError
 from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.target import Target
@@ -87,7 +87,9 @@ def sandbox(
     # where several users' processes are counted together this is no lower than what a busy desktop has
     limits["NPROC"] = 16 * PROCESSES
     engine = engine.resolve()
-    files = {file: file.name for file in (SERVE, SUPERVISE, SERVE.with_name("protocol.py"))} | {engine: "engine.py"}
+    files = {SERVE.with_name(name): name for name in ("serve.py", "supervise.py", "protocol.py")} | {
+        engine: "engine.py"
+    }
     if cache is not None:
         limits["written"] = SCRATCH
     binds = [] if cache is None else _cache_arguments(cache)

@@ -7,6 +7,8 @@ import platform
 
 import torch
 
+from forgetrain.engine.serve import deterministic_algorithms
+
 #: What CUDA and NCCL need in the environment of a process before it starts, for gates G0 to G3.
 CUDA_ENVIRONMENT = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
@@ -27,7 +29,7 @@ def make_deterministic(threads: int, device: str) -> None:
     if device == "cuda":
         set_cuda_environment()
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    deterministic_algorithms(True)
     # filling fresh memory costs time and changes no result of an engine that writes what it reads
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -1,0 +1,29 @@
+"""What makes a process repeatable."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import sys, torch
+if {imported}:
+    import torch._inductor.config
+from forgetrain.numerics.determinism import make_deterministic
+make_deterministic(1, "cpu")
+assert torch.are_deterministic_algorithms_enabled()
+assert torch.get_num_threads() == 1
+assert ("torch._inductor.config" in sys.modules) is {imported}
+import torch._inductor.config
+assert torch._inductor.config.deterministic
+"""
+
+
+@pytest.mark.parametrize("imported", [False, True])
+def test_the_compiler_is_told_whether_it_was_imported_or_will_be(imported):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE.format(imported=imported)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
