@@ -19,7 +19,8 @@ import torch
 
 from forgetrain.engine.plan import Plan
 from forgetrain.ops.cuda.linear import prepared, product_
-from forgetrain.spec.target import Model, load_target
+from forgetrain.spec.model import Model
+from forgetrain.spec.target import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -70,14 +70,14 @@ def test_without_ray_its_executor_is_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_cluster_forges_a_tiny_target(tmp_path):
     target = write_target(tmp_path, "transformers")
-    options = ["--set", "gates.g5_steps=4", "--set", "hardware.threads=1", "--set", "search.attempts=2"]
+    options = ["--set", "gates.g5_steps=4", "--set", "hardware.threads=1", "--set", "search.attempts=1"]
     done = forge(tmp_path, target, *options, "--executor", "ray", "--json")
     assert "candidates at once on one node" in done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["attempts"] == 2
+    assert json.loads(done.stdout.splitlines()[-1])["attempts"] == 1
     with Ledger(tmp_path / "runs" / "ledger") as ledger:
-        rows = ledger.query("SELECT * FROM attempts WHERE proposer = 'catalogue' ORDER BY number")
-        assert [row["outcome"] in ("accepted", "rejected") for row in rows] == [True, True]
-        assert all("contract" in {v["gate"] for v in ledger.verdicts(row["candidate"])} for row in rows)
+        (row,) = ledger.query("SELECT * FROM attempts WHERE proposer = 'catalogue'")
+        assert row["outcome"] in ("accepted", "rejected")
+        assert "contract" in {verdict["gate"] for verdict in ledger.verdicts(row["candidate"])}
 
 
 def test_a_file_that_cannot_be_submitted_is_refused_before_anything_runs(tmp_path):

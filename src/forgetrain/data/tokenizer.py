@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from forgetrain.durable import read_json, write_json
 from forgetrain.errors import UserError
-from forgetrain.spec.target import Model
+from forgetrain.spec.model import Model
 
 BOS, EOS, PAD, IM_START, IM_END = "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"
 #: Their ids are 0, 1, 2, 3, 4 in a tokenizer trained here.

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from forgetrain.gates.verdict import Verdict
 from forgetrain.numerics.compare import Difference, difference
+from forgetrain.spec.model import Model
 from forgetrain.spec.taps import op_of, tap_names
-from forgetrain.spec.target import Model
 
 _RESULTS = ("step.loss", "step.grad_norm")
 #: Kinds of state in the order in which an update computes them.

@@ -19,7 +19,8 @@ from forgetrain.data.folder import MANIFEST, open_data
 from forgetrain.data.loader import Loader
 from forgetrain.engine.contract import Batch, make_batch
 from forgetrain.numerics.init import initial_weights
-from forgetrain.spec.target import Model, Target
+from forgetrain.spec.model import Model
+from forgetrain.spec.target import Target
 
 
 def draw_seed() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from forgetrain.spec.target import Model
+from forgetrain.spec.model import Model
 
 
 class InitialWeights(Mapping[str, Tensor]):

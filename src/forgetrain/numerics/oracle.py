@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgetrain.spec.model import Model
 from forgetrain.spec.moments import by_muon
 from forgetrain.spec.taps import forward_taps
-from forgetrain.spec.target import Model, Target
+from forgetrain.spec.target import Target
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from torch import Tensor
 from forgetrain.data.tokenizer import CHAT_TEMPLATE, IM_START, TokenizerFolder, open_tokenizer
 from forgetrain.durable import new_folder, no_space_named, read_json, write_json
 from forgetrain.errors import UserError
-from forgetrain.spec.target import Model, Target, parse_target
+from forgetrain.spec.model import Model
+from forgetrain.spec.target import Target, parse_target
 from forgetrain.train import checkpoint
 
 #: Weights are split into files of at most this many bytes.

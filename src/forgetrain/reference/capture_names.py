@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from forgetrain.errors import UserError
+from forgetrain.spec.model import Model
 from forgetrain.spec.taps import forward_taps
-from forgetrain.spec.target import Model
 
 NameMap = Mapping[str, str | tuple[str, ...]]
 

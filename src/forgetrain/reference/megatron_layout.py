@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from forgetrain.spec.target import Model
+from forgetrain.spec.model import Model
 
 _TOP = {
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",

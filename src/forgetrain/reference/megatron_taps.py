@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from forgetrain.reference.megatron_layout import split_qkv
-from forgetrain.spec.target import Model
+from forgetrain.spec.model import Model
 
 Found = dict[str, Tensor]
 

@@ -27,9 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 from forgetrain.engine.contract import Batch, Shard, StepResult
 from forgetrain.errors import UserError
 from forgetrain.reference.transformers_taps import Collector
+from forgetrain.spec.model import Model
 from forgetrain.spec.moments import by_muon, state_shapes
 from forgetrain.spec.taps import forward_taps
-from forgetrain.spec.target import Model, Target, parse_target
+from forgetrain.spec.target import Target, parse_target
 
 
 class Transformers:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forgetrain.spec.target import Model
+from forgetrain.spec.model import Model
 
 Found = dict[str, Tensor]
 

@@ -17,9 +17,10 @@ import math
 from dataclasses import dataclass, replace
 
 from forgetrain.spec.hardware import Device, Dtype, hardware_of, units
+from forgetrain.spec.model import Model
 from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.stages import stages_of
-from forgetrain.spec.target import Model, Target
+from forgetrain.spec.target import Target
 
 GIB = 2**30
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from forgetrain.spec.estimate import flops_per_token, parameters
-from forgetrain.spec.target import Model, Target
+from forgetrain.spec.model import Model
+from forgetrain.spec.target import Target
 
 #: In the order of a step. ``rmsnorm`` holds the residual sums beside the norms, ``linear`` the head's products,
 #: ``clip`` the global norm of the gradients.

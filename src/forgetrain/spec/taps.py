@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from forgetrain.spec.target import Model
+from forgetrain.spec.model import Model
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from forgetrain.data.folder import DataFolder
 from forgetrain.durable import read_json, sha256_file
 from forgetrain.errors import UserError
 from forgetrain.spec.hf import target_from_hf
-from forgetrain.spec.target import Model, Target
+from forgetrain.spec.model import Model
+from forgetrain.spec.target import Target
 from forgetrain.train.checkpoint import Checkpoint
 from forgetrain.train.verified import ChosenEngine
 
