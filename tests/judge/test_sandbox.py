@@ -59,6 +59,22 @@ def test_compiled_regions_work(tmp_path):
     steps(path, boxed=True)
 
 
+@needs_bubblewrap
+@pytest.mark.slow
+def test_a_second_process_compiles_nothing_again_not_even_headers(tmp_path):
+    """The headers lie where no variable of the compiler's says."""
+    path, cache = toy(tmp_path, step="torch.compile(lambda x: x * 2 + 1)(torch.ones(1000))"), tmp_path / "cache"
+    cache.mkdir()
+    box, made = sandbox(path, TARGET, cache=cache), []
+    for _ in range(2):
+        with EngineProcess(path, TARGET, wrap=box.wrap, limits=box.limits, timeout=300) as engine:
+            engine.load(WEIGHTS)
+            engine.step(random_batch(TARGET, 0), 0.1)
+        made.append({file: file.stat().st_mtime_ns for file in cache.rglob("*") if file.suffix in (".so", ".gch")})
+    assert {file.suffix for file in made[0]} == {".so", ".gch"}
+    assert made[0] == made[1]
+
+
 #: What bubblewrap puts into a /dev of its own, and places that other mounts cover.
 _EVERYWHERE = {"null", "zero", "full", "random", "urandom", "tty", "pts", "ptmx", "shm", "fd", "core", "console"}
 

@@ -33,7 +33,9 @@ PROCESSES = 256  # torch.compile starts a worker a core, and each of them a comp
 _ADDRESSES = 16 << 30  # address space that is mapped but not resident: libraries, stacks, allocators' arenas
 _INSIDE = Path("/forge")
 _SITE = Path("/site-packages")  # by that name libraries tell what is installed from what is a user's
-_CACHE = Path("/cache")
+#: Where torch's compiler would keep what it makes for the user "forge": its precompiled headers, which take ten seconds,
+#: go nowhere else, whatever its environment says.
+_CACHE = Path("/tmp/torchinductor_forge")
 #: What of /etc programs need: the dynamic linker's cache, and names of compilers.
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
 #: Bits depend on what torch reads here: cores, caches and memory nodes.
@@ -151,8 +153,8 @@ def _memory(target: Target, device: str, memory_gib: float | None) -> int:
 
 def _cache_arguments(cache: Path) -> list[str]:
     arguments = ["--bind", str(cache.resolve()), str(_CACHE)]
-    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
-        arguments += ["--setenv", name, str(_CACHE / folder)]
+    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", _CACHE), ("TRITON_CACHE_DIR", _CACHE / "triton")):
+        arguments += ["--setenv", name, str(folder)]
     return arguments
 
 

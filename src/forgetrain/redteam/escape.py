@@ -252,8 +252,10 @@ ESCAPES = (
         "the compiler's folder",
         "fills the folder for compiled code, which is on disk",
         """
+import os
 for i in range(64):
-    open(f'/cache/{i}', 'wb').write(bytes(1 << 27))
+    with open(os.environ['TORCHINDUCTOR_CACHE_DIR'] + f'/{i}', 'wb') as file:
+        os.posix_fallocate(file.fileno(), 0, 1 << 27)
     time.sleep(0.1)
 """,
         "limit",
