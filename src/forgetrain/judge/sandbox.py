@@ -33,8 +33,8 @@ PROCESSES = 256  # torch.compile starts a worker a core, and each of them a comp
 _ADDRESSES = 16 << 30  # address space that is mapped but not resident: libraries, stacks, allocators' arenas
 _INSIDE = Path("/forge")
 _SITE = Path("/site-packages")  # by that name libraries tell what is installed from what is a user's
-#: Where torch's compiler would keep what it makes for the user "forge": its precompiled headers, which take ten seconds,
-#: go nowhere else, whatever its environment says.
+#: Where torch's compiler would keep what it makes for the user "forge": its precompiled headers, which take ten
+#: seconds, go nowhere else, whatever its environment says.
 _CACHE = Path("/tmp/torchinductor_forge")
 #: What of /etc programs need: the dynamic linker's cache, and names of compilers.
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
