@@ -166,15 +166,26 @@ class Source(Section):
     A record's text is its ``field``, or what ``template`` makes of its fields: ``"{title}\\n{text}"``.
     """
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     name: str | None = None  # what stages call it; its path when there is none
     weight: Weight = 1.0
-    glob: str = "**/*"
+    glob: Annotated[str, Field(min_length=1)] = "**/*"
     field: str | None = None  # "text" when there is no template either
     template: str | None = None
     config: str | None = None  # of a Hugging Face data set
     split: str | None = None  # of a Hugging Face data set, there or on disk; None is "train"
     revision: str | None = None  # of a Hugging Face data set: the commit that is read
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> Source:
+        if self.path.startswith("hf:"):
+            if not self.path.removeprefix("hf:").strip("/"):
+                raise ValueError(f"path = {self.path!r} names no data set; write hf:org/name")
+            if self.glob != "**/*":
+                raise ValueError(f"glob is of a folder, and {self.path} is on the hub; leave it out")
+        elif (key := "config" if self.config else "revision" if self.revision else None) is not None:
+            raise ValueError(f"{key} is of a data set of the hub, and {self.path} is none; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _one_text(self) -> Source:
@@ -225,7 +236,7 @@ class StageSpec(Section):
 
 
 class Data(Section):
-    sources: list[Source] = Field(default_factory=lambda: [Source(path="python-stdlib", glob="**/*.py")])
+    sources: list[Source] = Field(default_factory=lambda: [Source(path="python-stdlib", glob="**/*.py")], min_length=1)
     stages: list[StageSpec] = Field(default_factory=list)  # none: one stage of all the recipe's steps
     tokenizer: str | None = None  # a folder with tokenizer.json; None trains one of the model's vocab_size
     documents: Literal["ignore", "mask", "mask+reset"] = "ignore"  # attention across document boundaries, positions
