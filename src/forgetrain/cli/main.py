@@ -63,6 +63,7 @@ REFUSED = {
     errno.EACCES: "Change its permissions, or name another place",
     errno.EPERM: "Change its permissions, or name another place",
     errno.EROFS: "Name a place that can be written, for example with --runs",
+    errno.EEXIST: "Move what is there away, or name another place",
     errno.ENOTDIR: "Name another place: a part of this path is a file",
     errno.EISDIR: "Name a file",
     errno.ENAMETOOLONG: "Choose a shorter name",

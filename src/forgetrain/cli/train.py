@@ -58,22 +58,30 @@ def command(
     target, runs = _target(target_file, [*(overrides or []), *(words or [])], runs, resume)
     if target_file.is_dir() and engine is None:
         engine, unverified = _engine_of(target_file)
-    summary = train(
-        target,
-        runs=runs,
-        engine=engine,
-        unverified=unverified,
-        resume=resume,
-        restart=restart,
-        stop_after=stop_after,
-        dry_run=dry_run,
-        profile_steps=profiled,
-        init_from=init_from,
-        check_initial=check_initial,
-        console=console,
-    )
+    try:
+        summary = train(
+            target,
+            runs=runs,
+            engine=engine,
+            unverified=unverified,
+            resume=resume,
+            restart=restart,
+            stop_after=stop_after,
+            dry_run=dry_run,
+            profile_steps=profiled,
+            init_from=init_from,
+            check_initial=check_initial,
+            console=console,
+        )
+    except KeyboardInterrupt:  # a second Ctrl-C, with which typer ends without a word
+        if _first_rank():
+            say(
+                console,
+                "stopped at once by a second SIGINT, without a checkpoint; go on from the last one with --resume",
+            )
+        raise typer.Exit(exit_code("SIGINT")) from None
     if dry_run:
-        if int(os.environ.get("RANK", "0")) == 0:  # torchrun's: one plan, not one a rank
+        if _first_rank():
             console.print(plan_table(summary))
             emit(summary, as_json)
         return
@@ -92,6 +100,11 @@ def command(
     emit(summary, as_json)
     if summary["interrupted"]:
         raise typer.Exit(exit_code(summary["interrupted"]))
+
+
+def _first_rank() -> bool:
+    """Whether this process is the one that speaks for all, by what torchrun says of it."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _engine_of(run: Path) -> tuple[str | None, bool]:
