@@ -169,7 +169,10 @@ def test_two_ranks_take_the_same_batches_as_one_and_either_resumes_the_other(tmp
         if "loss" in line
     }
     finish(forgetrain(tmp_path, "train", target, "--restart", "--stop-after", "2"))
-    finish(forgetrain(tmp_path, "train", target, "--resume", "--stop-after", "5", ranks=2))
+    words = ("train", target, "--resume", "--stop-after", "5", "--json")
+    out, err = finish(forgetrain(tmp_path, *words, ranks=2))
+    assert json.loads(out)["steps"] == 5  # one object, and one line for a person, not one a rank
+    assert err.count("stopped by --stop-after after step 5") == 1
     finish(forgetrain(tmp_path, "train", target, "--resume"))
     mixed = {
         line["step"]: line["loss"]

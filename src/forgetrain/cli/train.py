@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +50,7 @@ def command(
     from forgetrain.train.loop import train
     from forgetrain.train.profile import parse_steps
     from forgetrain.train.stop import exit_code
+    from forgetrain.train.world import first_rank
 
     if resume and restart:
         raise UserError("cannot go together", key="--resume, --restart", remedy="choose one")
@@ -74,18 +74,23 @@ def command(
             console=console,
         )
     except KeyboardInterrupt:  # a second Ctrl-C, with which typer ends without a word
-        if _first_rank():
+        if first_rank():
             say(
                 console,
                 "stopped at once by a second SIGINT, without a checkpoint; go on from the last one with --resume",
             )
         raise typer.Exit(exit_code("SIGINT")) from None
+    if first_rank():
+        _tell(summary, dry_run)
+        emit(summary, as_json)
+    if not dry_run and summary["interrupted"]:
+        raise typer.Exit(exit_code(summary["interrupted"]))
+
+
+def _tell(summary: dict[str, Any], dry_run: bool) -> None:
     if dry_run:
-        if _first_rank():
-            console.print(plan_table(summary))
-            emit(summary, as_json)
-        return
-    if summary["finished"]:
+        console.print(plan_table(summary))
+    elif summary["finished"]:
         say(
             console,
             f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; held-out loss "
@@ -97,14 +102,6 @@ def command(
             console,
             f"stopped by {why} after step {summary['steps']}, saved in {summary['checkpoint']}; go on with --resume",
         )
-    emit(summary, as_json)
-    if summary["interrupted"]:
-        raise typer.Exit(exit_code(summary["interrupted"]))
-
-
-def _first_rank() -> bool:
-    """Whether this process is the one that speaks for all, by what torchrun says of it."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _engine_of(run: Path) -> tuple[str | None, bool]:
