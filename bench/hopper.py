@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from hopper_contestants import refusal
+
 from forgetrain.engine.write import source_hash
 from forgetrain.spec.estimate import flops_per_token
 from forgetrain.spec.hardware import hardware_of
@@ -30,6 +32,7 @@ LABELS = {
     "liger": "transformers + Liger, pure bf16",
     "liger-autocast": "transformers + Liger, autocast",
     "compile": "transformers + torch.compile, autocast",
+    "torchtitan": "torchtitan, compiled, autocast",
 }
 
 
@@ -76,6 +79,9 @@ def measure(args: argparse.Namespace) -> dict:
     target = load_target(ROOT / "targets" / f"{args.target}.toml")
     engine = args.engine or ROOT / "engines" / args.target / "engine.py"
     names = ["engine", *(args.peers.split(",") if args.peers else [])]
+    for name in names:
+        if not name.endswith(".py") and (line := refusal(name, target.plain())):
+            raise SystemExit(f"bench/hopper.py: {line}")
     args.out.mkdir(parents=True, exist_ok=True)
     blocks: dict[str, list[dict]] = {name: [] for name in names}
     held: dict[str, Contestant] = {}

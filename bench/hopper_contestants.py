@@ -2,7 +2,7 @@
 
 Requests come as JSON lines on stdin, answers go as JSON lines to stdout. Each contestant does whole optimizer steps:
 bf16 weights with fp32 masters, moments and accumulated gradients, clipping at 1; transformers, as people run it, with
-bf16 weights alone or under autocast over fp32 weights.
+bf16 weights alone or under autocast over fp32 weights; torchtitan as its trainer runs on one GPU, under autocast.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -50,7 +51,7 @@ def initial(like: torch.Tensor) -> torch.Tensor:
 def random_tokens(settings: dict) -> torch.Tensor:
     target = settings["target"]
     shape = (settings["rows"] * settings["micro_batches"], target["recipe"]["sequence_length"])
-    return torch.randint(0, target["model"]["vocab_size"], shape, device="cuda")
+    return torch.randint(0, target["model"]["vocab_size"], shape, device=settings.get("device", "cuda"))
 
 
 def megatron_step(settings: dict) -> tuple[Step, Release]:
@@ -175,18 +176,88 @@ def transformers_step(settings: dict, *, liger: bool, compiled: bool, pure: bool
     return step, torch.cuda.empty_cache
 
 
+def torchtitan_step(settings: dict) -> tuple[Step, Release]:
+    """torchtitan 0.2.2, the release for torch 2.11, as its own trainer runs on one GPU: each layer and the loss
+    compiled, bf16 by autocast over fp32 weights (its FSDP2 with bf16 weights begins at two GPUs), cuDNN attention
+    first, AdamW fused, no recomputation. The model is its Qwen3 class, which without norms of queries and keys is a
+    Llama: its Llama3 class can have neither a head size of its own nor a tied head. ``settings["device"]`` is ``cuda``
+    unless given."""
+    from torchtitan.components.optimizer import build_optimizers
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed import ParallelDims
+    from torchtitan.distributed.utils import clip_grad_norm_, maybe_enable_amp
+    from torchtitan.models.qwen3 import Qwen3Model, Qwen3ModelArgs, build_cross_entropy_loss, parallelize_qwen3
+
+    m, recipe, device = settings["target"]["model"], settings["target"]["recipe"], settings.get("device", "cuda")
+    arguments = Qwen3ModelArgs(
+        dim=m["hidden_size"], n_layers=m["num_hidden_layers"], n_heads=m["num_attention_heads"],
+        n_kv_heads=m["num_key_value_heads"], head_dim=m["head_dim"], hidden_dim=m["intermediate_size"],
+        vocab_size=m["vocab_size"], norm_eps=m["rms_norm_eps"], rope_theta=m["rope_theta"], qk_norm=m["qk_norm"],
+        max_seq_len=recipe["sequence_length"], enable_weight_tying=m["tie_word_embeddings"],
+    )  # fmt: skip
+    job = JobConfig()
+    job.training.seq_len = recipe["sequence_length"]
+    job.compile.enable, job.activation_checkpoint.mode = True, "none"
+    job.optimizer.lr, job.optimizer.weight_decay = 3e-4, recipe["weight_decay"]
+    job.optimizer.beta1, job.optimizer.beta2, job.optimizer.implementation = recipe["beta1"], recipe["beta2"], "fused"
+    one = ParallelDims(dp_replicate=1, dp_shard=1, cp=1, tp=1, pp=1, ep=1, etp=1, world_size=1)
+    with torch.device(device), torch.no_grad():
+        model = Qwen3Model(arguments)
+        model.init_weights()
+    model = parallelize_qwen3(model, one, job)
+    optimizer, loss_of = build_optimizers([model], job.optimizer, one), build_cross_entropy_loss(job)
+    mixed = maybe_enable_amp(one, job.training.mixed_precision_param, device)
+    tokens, count = random_tokens(settings), settings["micro_batches"]
+    parts = list(zip(tokens.chunk(count), tokens.roll(-1, 1).chunk(count), strict=True))
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        optimizer.zero_grad()
+        total = torch.zeros((), device=device)
+        for part, labels in parts:
+            with mixed:
+                loss = loss_of(model(part), labels) / tokens.numel()
+            loss.backward()
+            total += loss.detach()
+        norm = clip_grad_norm_(list(model.parameters()), recipe["clip"], foreach=True)
+        optimizer.step()
+        return total, norm
+
+    return step, torch.cuda.empty_cache
+
+
 CONTESTANTS: dict[str, Callable[[dict], tuple[Step, Release]]] = {
     "engine": engine_step,
     "megatron": megatron_step,
     "liger": functools.partial(transformers_step, liger=True, compiled=False, pure=True),
     "liger-autocast": functools.partial(transformers_step, liger=True, compiled=False, pure=False),
     "compile": functools.partial(transformers_step, liger=False, compiled=True, pure=False),
+    "torchtitan": torchtitan_step,
+}
+NEEDS = {  # of a peer: what is imported, and what to install beside torch
+    "megatron": {"megatron": "megatron-core", "transformer_engine": "transformer-engine[pytorch]"},
+    "liger": {"transformers": "transformers", "liger_kernel": "liger-kernel"},
+    "liger-autocast": {"transformers": "transformers", "liger_kernel": "liger-kernel"},
+    "compile": {"transformers": "transformers"},
+    "torchtitan": {"torchtitan": "torchtitan==0.2.2"},
 }
 SETTLING = 2.5  # seconds of work after which an H200 has reached its power limit
 PACKAGES = (
     *("torch", "triton", "flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl"),
-    *("megatron-core", "transformer-engine", "transformers", "liger-kernel"),
+    *("megatron-core", "transformer-engine", "transformers", "liger-kernel", "torchtitan"),
 )
+
+
+def refusal(name: str, target: dict) -> str | None:
+    """Why a peer cannot run here or has no such model: one line with the remedy, or None. Imports nothing."""
+    if name not in CONTESTANTS:
+        return f"peer {name!r}: there are {', '.join(sorted(NEEDS))}, and paths of engine files"
+    scales = [key for key in ("scale_emb", "scale_depth", "dim_model_base") if target["model"].get(key) is not None]
+    if name == "torchtitan" and scales:
+        return f"peer 'torchtitan' has no muP, and {target['name']} sets {', '.join(scales)}: leave it out of --peers"
+    for module, package in NEEDS.get(name, {}).items():
+        if importlib.util.find_spec(module) is None:
+            return f"peer {name!r}: {package.partition('=')[0]} is not installed: pip install '{package}'"
+    return None
 
 
 def facts() -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_COMMANDS = ("forgetrain", "pip")
+
 
 class UserError(Exception):
     """Bad input, refused before expensive work. The command line prints it as one line and exits with code 2.
@@ -28,5 +30,6 @@ class UserError(Exception):
         if self.value is not None:
             line += f" (got {self.value!r})"
         if self.remedy:
-            line += f". {self.remedy[0].upper()}{self.remedy[1:]}"
+            command = self.remedy.split()[0] in _COMMANDS  # to be copied as it stands
+            line += f". {self.remedy if command else self.remedy[0].upper() + self.remedy[1:]}"
         return " ".join(line.split())

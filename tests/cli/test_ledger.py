@@ -50,6 +50,16 @@ def test_list_show_diff_and_lineage(runs):
         assert CliRunner().invoke(app, [*command, "--runs", str(folder)]).exit_code == 0
 
 
+def test_square_brackets_of_a_message_are_shown_as_they_are(tmp_path):
+    with Ledger(tmp_path / "ledger") as ledger:
+        target = ledger.add_target(tiny_target())
+        hash_ = ledger.add_candidate(target, b"a = 1\n", message="[wip] q[0] and [/b]")
+    for command in (["list"], ["show", hash_], ["lineage", hash_]):
+        shown = CliRunner().invoke(app, [*command, "--runs", str(tmp_path)], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0
+        assert "[wip] q[0] and [/b]" in shown.output
+
+
 def test_export(runs, tmp_path):
     folder, _, child = runs
     file = tmp_path / "out.csv"

@@ -1,8 +1,11 @@
 """Bad data, as the shipped command answers it: one line that names it, exit code 2, nothing left behind or lost."""
 
+import errno
 import json
+import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -173,3 +176,85 @@ def test_nothing_built_is_lost_to_bad_data(tmp_path, monkeypatch, capsys):
     assert manifest["sources"][0]["documents"] == 60
     (tmp_path / "corpus" / "999.jsonl").unlink()
     assert build_data(target, tmp_path / "runs" / target.name / "data").sha256 == before
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": ""}, "data.sources.0.path: String should have at least 1 character"),
+        ({"path": ".", "glob": "*.nothing"}, "is an empty corpus: no file matches glob = '*.nothing'"),
+        ({"glob": ""}, "data.sources.0.glob: String should have at least 1 character"),
+        ({"glob": "/abs/*"}, "corpus: data.sources.glob: is no pattern (Non-relative patterns are unsupported)"),
+        ({"split": "train"}, "corpus: data.sources.split: is of a data set, and this is none (got 'train')"),
+        ({"config": "en"}, "config is of a data set of the hub, and"),
+        ({"revision": "main"}, "revision is of a data set of the hub, and"),
+        ({"path": "hf:"}, "path = 'hf:' names no data set; write hf:org/name"),
+        ({"path": "hf:org/name", "glob": "*.txt"}, "glob is of a folder, and hf:org/name is on the hub; leave it out"),
+    ],
+)
+def test_a_source_that_cannot_be_meant_is_refused(tmp_path, monkeypatch, capsys, source, message):
+    target = corpus_target(write_corpus(tmp_path / "corpus"))
+    sources = [{"path": str(tmp_path / "corpus")} | source]
+    options = ["--set", f"data.sources={toml_of(sources)}"]
+    assert message in answer(tmp_path, monkeypatch, capsys, target, "build", *options)
+
+
+def toml_of(sources):
+    return "[" + ", ".join("{" + ", ".join(f'{k} = "{v}"' for k, v in source.items()) + "}" for source in sources) + "]"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources=[]", "data.sources: List should have at least 1 item"),
+        ("data.tokenizer=", "data.tokenizer: holds no tokenizer.json. Name a folder with one"),
+        ("data.tokenizer={corpus}", "corpus: data.tokenizer: holds no tokenizer.json. Name a folder with one"),
+    ],
+)
+def test_nothing_to_build_from_is_refused(tmp_path, monkeypatch, capsys, override, message):
+    target = corpus_target(write_corpus(tmp_path / "corpus"))
+    option = override.format(corpus=tmp_path / "corpus")
+    assert message in answer(tmp_path, monkeypatch, capsys, target, "build", "--set", option)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(errno.EROFS, "read-only file system. Name a place that can be written, for example with --runs"),
+     (errno.EACCES, "permission denied. Change its permissions, or name another place")],
+)  # fmt: skip
+def test_a_place_that_the_system_refuses_is_named(tmp_path, monkeypatch, capsys, number, remedy):
+    def refuse(self, *arguments, **options):
+        raise OSError(number, "refused", str(self))
+
+    target = corpus_target(write_corpus(tmp_path / "corpus"))
+    file = target_file(tmp_path, target)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    code, lines = forgetrain(monkeypatch, capsys, "data", "build", file, "--runs", tmp_path / "runs")
+    assert code == 2
+    assert len(lines) == 1
+    assert f"{tmp_path / 'runs'}" in lines[0]
+    assert lines[0].endswith(remedy)
+
+
+def test_runs_that_is_a_file_is_named(tmp_path, monkeypatch, capsys):
+    file = target_file(tmp_path, corpus_target(write_corpus(tmp_path / "corpus")))
+    for command in (["data", "build"], ["train"]):
+        code, lines = forgetrain(monkeypatch, capsys, *command, file, "--runs", file)
+        assert code == 2
+        assert lines[0].endswith("not a directory. Name another place: a part of this path is a file")
+        assert len(lines) == 1
+
+
+def test_a_folder_within_a_source_that_cannot_be_listed_is_no_smaller_corpus(tmp_path, monkeypatch, capsys):
+    target = corpus_target(write_corpus(tmp_path / "corpus"))
+    closed = tmp_path / "corpus" / "closed"
+    write_corpus(closed)
+    scan = os.scandir
+
+    def refuse(path="."):
+        if str(path) == str(closed):  # as for anyone but root, who may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"{closed}: permission denied. " in answer(tmp_path, monkeypatch, capsys, target)

@@ -209,6 +209,42 @@ def test_data_of_another_vocabulary_is_refused(tmp_path):
         open_data(data.folder, other)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"held_out": 0.2}, r"data\.held_out: was built with 0\.1 \(got 0\.2\)\. Run forgetrain data build TARGET"),
+        ({"sources": [{"path": "x"}]}, r"data\.sources: was built from '.*corpus' \(got 'x'\)"),
+        ({"sources": [{"weight": 2.0}]}, r"data\.sources\.0\.weight: was built with 1\.0 \(got 2\.0\)"),
+        ({"sources": [{"glob": "0*.txt"}]}, r"data\.sources\.0\.glob: was built with '\*\*/\*' \(got '0\*\.txt'\)"),
+        ({"tokenizer": "mine"}, r"data\.tokenizer: was built with None \(got 'mine'\)"),
+    ],
+)
+def test_data_of_other_settings_than_the_targets_is_refused_until_it_is_built_again(tmp_path, changes, message):
+    target, data = built(tmp_path)
+    path = target.data.sources[0].path
+    changes = changes | ({"sources": [{"path": path} | s for s in changes["sources"]]} if "sources" in changes else {})
+    other = corpus_target(tmp_path / "corpus", data=changes)
+    with pytest.raises(UserError, match=message):
+        open_data(data.folder, other)
+
+
+def test_what_the_loader_sees_to_needs_no_other_build(tmp_path):
+    target, data = built(tmp_path)
+    named = {"path": target.data.sources[0].path, "name": "web"}
+    stages = [{"name": "all", "steps": target.recipe.steps, "weights": {"web": 1.0}}]
+    other = corpus_target(tmp_path / "corpus", data={"sources": [named], "stages": stages, "documents": "mask"})
+    assert open_data(data.folder, other).sha256 == data.sha256
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]"])
+def test_building_for_another_vocabulary_or_over_a_damaged_manifest_needs_no_force(tmp_path, manifest):
+    _, data = built(tmp_path)
+    if manifest is not None:
+        (data.folder / "manifest.json").write_text(manifest)
+    other = corpus_target(tmp_path / "corpus", model={"vocab_size": VOCAB if manifest else 400})
+    assert build_data(other, data.folder).manifest["vocab_size"] == other.model.vocab_size
+
+
 def test_data_that_was_never_built_is_named(tmp_path):
     with pytest.raises(UserError, match=r"manifest\.json: no such file\. Run forgetrain data build TARGET first"):
         open_data(tmp_path / "data", corpus_target(tmp_path))

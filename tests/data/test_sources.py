@@ -346,4 +346,4 @@ def test_a_library_that_is_not_installed_is_named_with_its_extra(tmp_path, monke
     path = name if name.startswith("hf:") else tmp_path / name
     if not name.startswith("hf:"):
         path.write_bytes(b"something")
-    refused(path, rf"{name}: needs {module}, which is not installed\. Pip install 'forgetrain\[data\]'")
+    refused(path, rf"{name}: needs {module}, which is not installed\. pip install 'forgetrain\[data\]'")

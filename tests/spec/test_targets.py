@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from forgetrain.errors import UserError
 from forgetrain.spec.estimate import estimate_target, parameters
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.target import Target, load_target, parse_target
@@ -66,3 +67,21 @@ def test_production_recipes(name):
     assert target.precision.dtype == "bf16"
     assert recipe.sequence_length == 4096
     assert recipe.batch_size >= 16 * recipe.micro_batch_size * target.hardware.count
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe.lr=inf", r"recipe\.lr: Input should be a finite number \(got inf\)"),
+        ("recipe.weight_decay=inf", r"recipe\.weight_decay: Input should be a finite number"),
+        ("recipe.beta1=1", r"recipe\.beta1: Input should be less than 1 \(got 1\)"),
+        ("recipe.min_lr=1", r"recipe: min_lr = 1 is above lr = 0\.004, which falls to it"),
+        ("model.scale_emb=0", r"model\.scale_emb: Input should be greater than 0"),
+        ("gates.g5_relative=nan", r"gates\.g5_relative: Input should be a finite number"),
+        ("gates.g4_fp32_ratio=-1", r"gates\.g4_fp32_ratio: Input should be greater than or equal to 0"),
+        ("hardware.memory_gib=-1", r"hardware\.memory_gib: Input should be greater than 0"),
+    ],
+)
+def test_a_number_that_trains_nothing_is_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        load_target(next(file for file in FILES if file.stem == "nano-cpu"), [override])

@@ -129,6 +129,23 @@ def test_a_world_size_that_does_not_divide_the_batch_is_told_once(tmp_path):
     assert not (tmp_path / "runs/tiny/checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK: is no whole number (got 'x'). Start the ranks with torchrun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK: is not below WORLD_SIZE = 2 (got 2). Number ranks from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR: is not set, and WORLD_SIZE = 2 ranks must find each other"),
+    ],
+)
+def test_variables_that_torchrun_would_not_set_are_named(tmp_path, monkeypatch, command, variables, message):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    code, err = command("train", write_target(tmp_path))
+    assert code == 2
+    one_line(err, message)
+
+
 @pytest.mark.slow
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     target = write_target(tmp_path)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -167,6 +168,17 @@ def test_old_ones_are_pruned(tensors, tokenizer, tmp_path):
         checkpoint.save(Engine(tensors).state(), tmp_path / "c", step, {}, tokenizer, ALONE)
     checkpoint.prune(tmp_path / "c", keep_last=2, keep_every=30)
     assert sorted(int(path.name[5:]) for path in (tmp_path / "c").iterdir()) == [30, 50, 60]
+
+
+def test_a_copy_beside_the_checkpoints_is_left_alone(saved, tensors, tokenizer):
+    copies = [saved / name for name in ("step-00000020.bak", "step-best", "step-00000030 (copy)")]
+    for copy in copies:
+        shutil.copytree(saved / "step-00000020", copy)
+    checkpoint.save(Engine(tensors).state(), saved, 40, {}, tokenizer, ALONE)
+    checkpoint.prune(saved, keep_last=1, keep_every=0)
+    assert [path.name for path in checkpoint.steps_in(saved)] == ["step-00000040"]
+    assert all((copy / "manifest.json").is_file() for copy in copies)
+    assert checkpoint.resolve(copies[0], pytest.fail).step == 20
 
 
 def test_what_a_command_may_name(saved):

@@ -125,6 +125,20 @@ def test_a_signal_to_the_command_saves_and_resume_needs_the_run_alone(tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_second_ctrl_c_to_the_command_is_said(tmp_path):
+    target = write_target(tmp_path)
+    finish(forgetrain(tmp_path, "data", "build", target))
+    finish(forgetrain(tmp_path, "train", target))
+    source = (tmp_path / "runs" / "tiny" / "train" / "engine.py").read_text()
+    step = "        loss, grads = self.gradients("
+    twice = "[__import__('os').kill(__import__('os').getpid(), 2) for _ in '12']"
+    (tmp_path / "impatient.py").write_text(source.replace(step, f"        {twice}\n{step}"))
+    process = forgetrain(tmp_path, "train", target, "--restart", "--engine", "impatient.py", "--unverified")
+    _, err = finish(process, code=130)
+    assert err.splitlines()[-1].startswith("stopped at once by a second SIGINT, without a checkpoint")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_at_any_moment_end_with_the_same_weights(tmp_path, ranks):
     target = write_target(tmp_path, steps=12)
@@ -155,7 +169,10 @@ def test_two_ranks_take_the_same_batches_as_one_and_either_resumes_the_other(tmp
         if "loss" in line
     }
     finish(forgetrain(tmp_path, "train", target, "--restart", "--stop-after", "2"))
-    finish(forgetrain(tmp_path, "train", target, "--resume", "--stop-after", "5", ranks=2))
+    words = ("train", target, "--resume", "--stop-after", "5", "--json")
+    out, err = finish(forgetrain(tmp_path, *words, ranks=2))
+    assert json.loads(out)["steps"] == 5  # one object, and one line for a person, not one a rank
+    assert err.count("stopped by --stop-after after step 5") == 1
     finish(forgetrain(tmp_path, "train", target, "--resume"))
     mixed = {
         line["step"]: line["loss"]

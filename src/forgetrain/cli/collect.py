@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typer
+from rich.text import Text
 
 from forgetrain.cli.common import (
     DEFAULT_RUNS,
@@ -30,10 +31,10 @@ def command(
         with stages() as report:
             record = collect(target, folder, report)
     except ReferenceRejected as rejected:
-        console.print(f"[red]G0 failed[/red] {rejected}")
+        console.print(Text.assemble(("G0 failed", "red"), f" {rejected}"))
         emit({"golden": None, "verdicts": [rejected.verdict.as_dict()]}, as_json)
         raise typer.Exit(1) from None
     verdict = record.manifest["verdicts"][0]
-    console.print(f"[green]G0 passed[/green] {verdict['explanation']}")
-    console.print(f"golden record: {folder}")
+    console.print(Text.assemble(("G0 passed", "green"), f" {verdict['explanation']}"))
+    console.print(f"golden record: {folder}", soft_wrap=True)
     emit({"golden": str(folder), "environment": record.manifest["environment"], "verdicts": [verdict]}, as_json)

@@ -15,7 +15,8 @@ from rich.console import Console
 from forgetrain.spec.target import Target, load_target
 
 #: Progress and prose go to stderr, so that stdout carries results (and with --json one object, last).
-console = Console(stderr=True)
+#: Square brackets in paths and in what proposers write are text, not markup.
+console = Console(stderr=True, markup=False)
 
 TargetFile = Annotated[Path, typer.Argument(metavar="TARGET", help="A target file, for example targets/nano-cpu.toml.")]
 Overrides = Annotated[
@@ -48,7 +49,7 @@ def stages() -> Iterator[Callable[[str, float], None]]:
         return
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # takes a moment, and few need it
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=1.0)
         yield lambda stage, share: progress.update(task, description=stage, completed=share)

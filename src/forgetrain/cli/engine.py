@@ -43,6 +43,8 @@ def write(
             raise UserError("is no name for an engine file", file=out, remedy="name a file that ends in .py")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, source)
-        console.print(f"{out}: {len(source.splitlines())} lines, sha256 {source_hash(source)}", highlight=False)
+        console.print(
+            f"{out}: {len(source.splitlines())} lines, sha256 {source_hash(source)}", highlight=False, soft_wrap=True
+        )
     result = {"engine": None if out is None else str(out), "sha256": source_hash(source)}
     emit(result | ({"source": source} if out is None else {}), as_json)

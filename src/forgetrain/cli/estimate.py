@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forgetrain.cli.common import Json, Overrides, TargetFile, emit, read_target
-from forgetrain.spec.estimate import GIB, Estimate, estimate_target, micro_batch_tokens
+from forgetrain.spec.estimate import Estimate, estimate_target, in_units, micro_batch_tokens
 from forgetrain.spec.target import Target
 
 
@@ -81,12 +81,12 @@ def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool
     full = {True: "fits", False: "does NOT fit", None: "of the machine's"}[estimate.fits]
     size = "" if device.memory_gib is None else f" in {device.memory_gib:g} GiB"
     rows(
-        ("weights", _gib(memory.weights), f"{target.precision.dtype}{over}"),
-        ("gradients", _gib(memory.gradients), f"fp32 accumulators{over}"),
-        ("optimizer", _gib(memory.optimizer), f"fp32 moments{_masters(target)}{over_optimizer}"),
-        ("activations", _gib(memory.activations), f"{micro}, nothing recomputed"),
-        ("logits", _gib(memory.logits), f"one micro-batch × {target.model.vocab_size:,}"),
-        ("memory of a rank", _gib(memory.total), f"{full}{size}"),
+        ("weights", in_units(memory.weights), f"{target.precision.dtype}{over}"),
+        ("gradients", in_units(memory.gradients), f"fp32 accumulators{over}"),
+        ("optimizer", in_units(memory.optimizer), f"fp32 moments{_masters(target)}{over_optimizer}"),
+        ("activations", in_units(memory.activations), f"{micro}, nothing recomputed"),
+        ("logits", in_units(memory.logits), f"one micro-batch × {target.model.vocab_size:,}"),
+        ("memory of a rank", in_units(memory.total), f"{full}{size}"),
     )
     moved = estimate.traffic
     rows(
@@ -126,10 +126,6 @@ def _passes(target: Target) -> str:
 
 def _flops(count: int) -> str:
     return f"{count / 1e9:,.3f} GFLOP"
-
-
-def _gib(count: int) -> str:
-    return f"{count / GIB:,.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"
 
 
 def _seconds(seconds: float) -> str:

@@ -45,7 +45,7 @@ def command(
     runs: RunsFolder = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
-    """Make the target's engine faster under gates; the budget is the target's [search]. Killed, it goes on."""
+    """Make the target's engine faster under gates; the budget is in the target's search section. Killed, it goes on."""
     if agent is not None and api is not None:
         raise UserError("cannot go together", key="--agent, --api", remedy="choose one")
     if api is None and (base_url is not None or prices != (0.0, 0.0)):

@@ -62,8 +62,10 @@ def show(candidate: Candidate, runs: RunsFolder = DEFAULT_RUNS, as_json: Json = 
         attempts = ledger.query("SELECT * FROM attempts WHERE candidate = ? ORDER BY number", (row["hash"],))
         row["source"] = str(ledger.files.path(row["hash"]))
     if not as_json:
-        console.print(f"candidate {row['hash']}, by {row['proposer']}, {_when(row['added'])}: {row['message']}")
-        console.print(f"source {row['source']}, parent {row['parent'] or 'none'}", highlight=False)
+        console.print(
+            f"candidate {row['hash']}, by {row['proposer']}, {_when(row['added'])}: {row['message']}", soft_wrap=True
+        )
+        console.print(f"source {row['source']}, parent {row['parent'] or 'none'}", highlight=False, soft_wrap=True)
         for verdict in verdicts:
             mark = "passed" if verdict["pass"] else "FAILED"
             box = "" if verdict["sandboxed"] else " (unsandboxed)"
@@ -129,7 +131,7 @@ def export(
             writer.writerows(rows)
     else:
         _write_parquet(file, columns, rows)
-    console.print(f"{len(rows)} rows of {table} written to {file}", highlight=False)
+    console.print(f"{len(rows)} rows of {table} written to {file}", highlight=False, soft_wrap=True)
     emit({"file": str(file), "table": table, "rows": len(rows)}, as_json)
 
 

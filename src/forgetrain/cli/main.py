@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import threading
@@ -57,6 +58,20 @@ app.command("export")(export.command)
 app.command("generate")(generate.command)
 
 
+#: What the system says of a path that a user gave, and what to do about it.
+REFUSED = {
+    errno.EACCES: "Change its permissions, or name another place",
+    errno.EPERM: "Change its permissions, or name another place",
+    errno.EROFS: "Name a place that can be written, for example with --runs",
+    errno.EEXIST: "Move what is there away, or name another place",
+    errno.ENOTDIR: "Name another place: a part of this path is a file",
+    errno.EISDIR: "Name a file",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "Mend the link that points to itself",
+    errno.EIO: "Look at the device's log, then run the command again",
+}
+
+
 class Interrupted(BaseException):
     """Ctrl-C. Not a KeyboardInterrupt, which typer ends without a word."""
 
@@ -76,6 +91,8 @@ def main() -> None:
             sys.exit(2)
         fail(str(error))
     except OSError as error:
+        if error.errno in REFUSED and error.filename:
+            fail(f"{error.filename}: {os.strerror(error.errno).lower()}. {REFUSED[error.errno]}")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"{error.filename or 'the disk'}: no space left on the device. Free some space and run the command again")

@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from forgetrain.spec.estimate import in_units
+
 
 def plan_table(plan: dict[str, Any]) -> Table:
     """The checks that passed, then what the run would do."""
@@ -23,7 +25,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         out.add_row(name, f"steps {stage['first']} to {stage['last']}: {batch} x {length} tokens")
     out.add_row("tokens", f"{plan['tokens']:,}, {plan['passes']:.2f} passes over the data")
     out.add_row("learning rate", ", ".join(f"step {point['step']}: {point['lr']:.3g}" for point in plan["lr"]))
-    size = f"{plan['checkpoint_bytes'] / 2**20:,.1f} MiB"
+    size = in_units(plan["checkpoint_bytes"])
     out.add_row("checkpoints", f"{plan['checkpoints']} of {size}, at most {plan['most_checkpoints_at_once']} at once")
     out.add_row("evaluations", str(plan["evaluations"]))
     out.add_row("expected time", _time(plan))

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
 
@@ -64,8 +65,9 @@ class Shown:
         from forgetrain.pipeline import STAGES
 
         self._number += 1
-        self._line(f"[bold]{self._number}/{self._stages} {name}[/bold]  {STAGES[name]}")
-        columns = (TextColumn("  {task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+        heading = Text.assemble((f"{self._number}/{self._stages} {name}", "bold"), f"  {STAGES[name]}")
+        self.console.print(heading, highlight=False, soft_wrap=True)
+        columns = (TextColumn("  {task.description}", markup=False), BarColumn(bar_width=24), TimeElapsedColumn())
         with Progress(
             *columns,
             TextColumn("ETA"),
@@ -78,9 +80,6 @@ class Shown:
 
     def say(self, line: str) -> None:
         self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
-
-    def _line(self, markup: str) -> None:
-        self.console.print(markup, highlight=False, soft_wrap=True)
 
 
 class _Bar:
@@ -100,7 +99,7 @@ def _summary(outcome) -> None:
     proofs.add_column("claim", ratio=2)
     proofs.add_column("evidence", ratio=3)
     for proof in outcome.proofs:
-        proofs.add_row("[green]yes[/green]" if proof.passed else "[red]NO[/red]", proof.what, proof.evidence)
+        proofs.add_row(Text("yes", "green") if proof.passed else Text("NO", "red"), proof.what, proof.evidence)
     console.print(proofs)
     places = Table(box=box.SIMPLE_HEAD, title="Where things are", title_justify="left", title_style="bold")
     places.add_column("what")
@@ -111,8 +110,8 @@ def _summary(outcome) -> None:
     minutes = " + ".join(f"{name} {math.ceil(seconds)} s" for name, seconds in outcome.stages.items())
     console.print(f"{minutes} = {sum(outcome.stages.values()):.0f} s", highlight=False, soft_wrap=True)
     if outcome.stopped:
-        console.print(f"[red]stopped after {outcome.stopped}[/red]")
+        console.print(f"stopped after {outcome.stopped}", style="red")
     reply = outcome.findings.get("reply")
     if reply:
-        console.print("\n[bold]The model goes on:[/bold]")
+        console.print("\nThe model goes on:", style="bold")
         console.print(reply["prompt"] + reply["text"], highlight=False, markup=False)

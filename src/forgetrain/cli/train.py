@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,6 +50,7 @@ def command(
     from forgetrain.train.loop import train
     from forgetrain.train.profile import parse_steps
     from forgetrain.train.stop import exit_code
+    from forgetrain.train.world import first_rank
 
     if resume and restart:
         raise UserError("cannot go together", key="--resume, --restart", remedy="choose one")
@@ -58,26 +58,39 @@ def command(
     target, runs = _target(target_file, [*(overrides or []), *(words or [])], runs, resume)
     if target_file.is_dir() and engine is None:
         engine, unverified = _engine_of(target_file)
-    summary = train(
-        target,
-        runs=runs,
-        engine=engine,
-        unverified=unverified,
-        resume=resume,
-        restart=restart,
-        stop_after=stop_after,
-        dry_run=dry_run,
-        profile_steps=profiled,
-        init_from=init_from,
-        check_initial=check_initial,
-        console=console,
-    )
+    try:
+        summary = train(
+            target,
+            runs=runs,
+            engine=engine,
+            unverified=unverified,
+            resume=resume,
+            restart=restart,
+            stop_after=stop_after,
+            dry_run=dry_run,
+            profile_steps=profiled,
+            init_from=init_from,
+            check_initial=check_initial,
+            console=console,
+        )
+    except KeyboardInterrupt:  # a second Ctrl-C, with which typer ends without a word
+        if first_rank():
+            say(
+                console,
+                "stopped at once by a second SIGINT, without a checkpoint; go on from the last one with --resume",
+            )
+        raise typer.Exit(exit_code("SIGINT")) from None
+    if first_rank():
+        _tell(summary, dry_run)
+        emit(summary, as_json)
+    if not dry_run and summary["interrupted"]:
+        raise typer.Exit(exit_code(summary["interrupted"]))
+
+
+def _tell(summary: dict[str, Any], dry_run: bool) -> None:
     if dry_run:
-        if int(os.environ.get("RANK", "0")) == 0:  # torchrun's: one plan, not one a rank
-            console.print(plan_table(summary))
-            emit(summary, as_json)
-        return
-    if summary["finished"]:
+        console.print(plan_table(summary))
+    elif summary["finished"]:
         say(
             console,
             f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; held-out loss "
@@ -89,9 +102,6 @@ def command(
             console,
             f"stopped by {why} after step {summary['steps']}, saved in {summary['checkpoint']}; go on with --resume",
         )
-    emit(summary, as_json)
-    if summary["interrupted"]:
-        raise typer.Exit(exit_code(summary["interrupted"]))
 
 
 def _engine_of(run: Path) -> tuple[str | None, bool]:

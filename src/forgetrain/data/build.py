@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgetrain.data.corpus import STDLIB, source_files
-from forgetrain.data.folder import FORMAT, MANIFEST, TOKENIZER, DataFolder, open_data
+from forgetrain.data.folder import FORMAT, MANIFEST, TOKENIZER, DataFolder, open_data, settings_of
 from forgetrain.data.indexed import TokenFile, suffixed, token_dtype
 from forgetrain.data.tokenise import Report, require_text, tokenise, training_texts, write_indices
 from forgetrain.data.tokenizer import (
@@ -65,10 +65,8 @@ def build_data(
     """
     say = report or (lambda what, done, total: None)
     key = _inputs_key(target)
-    if not force and (out / MANIFEST).is_file():
-        built = open_data(out, target)
-        if built.manifest["key"] == key:
-            return built
+    if not force and _built_from(out) == key:
+        return open_data(out, target)
     with unfinished(out, key, anew=force) as work:
         entries = {number: _take_tokens(source, target) for number, source in _token_files(target)}
         texts = {number: source for number, source in enumerate(target.data.sources) if number not in entries}
@@ -99,6 +97,15 @@ def build_data(
     return open_data(out, target, verify=False)
 
 
+def _built_from(out: Path) -> str | None:
+    """The key of the folder that is there; None when there is none, or its manifest cannot be read."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest.get("key") if isinstance(manifest, dict) else None
+
+
 def _overall(say: Report, sizes: list[int], place: int) -> Report:
     """Reports a source's bytes among those of all; in all are unknown where one source's are."""
     before, total = sum(sizes[:place]), sum(sizes) if all(sizes) else 0
@@ -119,6 +126,7 @@ def _write_manifest(
             "format": FORMAT,
             "key": key,
             "target": target.name,
+            "settings": settings_of(target),
             "vocab_size": target.model.vocab_size,
             "tokenizer": {
                 "sha256": tokenizer.sha256,
@@ -161,11 +169,8 @@ def unigram_loss(
 def _inputs_key(target: Target) -> str:
     """SHA-256 of everything the built folder depends on: settings, and name, size and time of every source file."""
     model = target.model
-    # what stages take, and when, is the loader's affair
-    data = target.data.model_dump(mode="json", exclude={"stages": True, "sources": {"__all__": {"name"}}})
-    settings: list[Any] = [FORMAT, data, model.vocab_size, model.max_position_embeddings]
+    settings: list[Any] = [FORMAT, settings_of(target), model.vocab_size, model.max_position_embeddings]
     settings += [model.eos_token_id, model.bos_token_id, model.pad_token_id]
-    settings[1].pop("documents")  # how documents are masked is the loader's affair
     for source in target.data.sources:
         if _is_token_file(source):
             files = [suffixed(Path(source.path), suffix) for suffix in (".bin", ".idx")]
@@ -174,8 +179,10 @@ def _inputs_key(target: Target) -> str:
         else:
             files = source_files(source)
         settings.append([[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
-    if target.data.tokenizer is not None and (file := Path(target.data.tokenizer)).exists():
-        settings.append(sha256_file(file if file.is_file() else file / "tokenizer.json"))
+    if target.data.tokenizer is not None:
+        given = Path(target.data.tokenizer)
+        file = given if given.is_file() else given / "tokenizer.json"
+        settings.append(sha256_file(file) if file.is_file() else None)  # where there is none, copying it says so
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 

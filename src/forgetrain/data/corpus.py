@@ -11,6 +11,7 @@ a damaged file of records.
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,6 +44,14 @@ def source_files(source: Source) -> list[Path]:
     """The files of a source, sorted; none for a data set of the hub. Raises UserError when a folder has none."""
     if source.path.startswith(HUB):
         return []
+    if source.split is not None and not is_data_set(source.path):
+        raise UserError(
+            "is of a data set, and this is none",
+            file=source.path,
+            key="data.sources.split",
+            value=source.split,
+            remedy="leave it out",
+        )
     root = source_root(source)
     if root.suffix in (".bin", ".idx") and all(root.with_suffix(end).is_file() for end in (".bin", ".idx")):
         raise UserError(
@@ -62,7 +71,18 @@ def source_files(source: Source) -> list[Path]:
         )
     skipped = STDLIB_SKIPPED if source.path == STDLIB else frozenset()
     pattern = "**/*" if is_data_set(source.path) else source.glob
-    files = [path for path in root.glob(pattern) if path.is_file() and _wanted(path.relative_to(root), skipped)]
+    _require_readable(root)
+    try:
+        found = list(root.glob(pattern))
+    except (ValueError, NotImplementedError) as error:  # "**x", or absolute
+        raise UserError(
+            f"is no pattern ({str(error).rstrip('.')})",
+            file=source.path,
+            key="data.sources.glob",
+            value=pattern,
+            remedy="write one relative to the folder, such as **/*.txt",
+        ) from None
+    files = [path for path in found if path.is_file() and _wanted(path.relative_to(root), skipped)]
     if not files:
         raise UserError(
             f"is an empty corpus: no file matches glob = {source.glob!r}",
@@ -70,6 +90,16 @@ def source_files(source: Source) -> list[Path]:
             remedy="name a folder that holds text, or change the glob",
         )
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _require_readable(root: Path) -> None:
+    """Raises the OSError of a folder within ``root`` that cannot be listed, which glob would pass over in silence."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for _, folders, _ in os.walk(root, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
 
 
 def _wanted(relative: Path, skipped: frozenset[str]) -> bool:

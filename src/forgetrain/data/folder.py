@@ -62,7 +62,8 @@ def open_data(folder: Path, target: Target, *, verify: bool = True) -> DataFolde
     ``verify`` compares the SHA-256 of every file (about a second for each gigabyte); sizes are compared always.
 
     Raises:
-        UserError: nothing there, a file that is missing, truncated or damaged, or data made for another vocabulary.
+        UserError: nothing there, a file that is missing, truncated or damaged, or data made for another vocabulary,
+            from other sources, or with other settings than the target's.
     """
     build = "run forgetrain data build TARGET"
     manifest = read_json(folder / MANIFEST, f"{build} first")
@@ -76,6 +77,8 @@ def open_data(folder: Path, target: Target, *, verify: bool = True) -> DataFolde
             value=target.model.vocab_size,
             remedy=f"{build} --force",
         )
+    if "settings" in manifest:  # folders of earlier versions have none
+        _require_same(manifest["settings"], settings_of(target), folder, build)
     for name, facts in manifest["files"].items():
         _check(folder / name, facts["sha256"] if verify else None, facts["bytes"], f"{build} --force")
     sources = []
@@ -87,6 +90,33 @@ def open_data(folder: Path, target: Target, *, verify: bool = True) -> DataFolde
         splits = [_open_split(folder, entry[split]) for split in ("train", "held_out")]
         sources.append(SourceData(entry["path"], entry["weight"], *splits))
     return DataFolder(folder, manifest, open_tokenizer(folder / TOKENIZER, target.model), sources)
+
+
+def settings_of(target: Target) -> dict[str, Any]:
+    """What a target says of its data as far as building goes: the loader sees to names, stages and documents' masks."""
+    left_out = {"stages": True, "documents": True, "sources": {"__all__": {"name"}}}
+    return target.data.model_dump(mode="json", exclude=left_out)
+
+
+def _require_same(built: dict[str, Any], asked: dict[str, Any], folder: Path, remedy: str) -> None:
+    paths, wanted = ([source["path"] for source in settings["sources"]] for settings in (built, asked))
+    if paths != wanted:
+        raise UserError(
+            f"was built from {', '.join(map(repr, paths))}",
+            file=folder,
+            key="data.sources",
+            value=", ".join(wanted),
+            remedy=remedy,
+        )
+    pairs = [("data", built, asked)]
+    pairs += [
+        (f"data.sources.{n}", *pair) for n, pair in enumerate(zip(built["sources"], asked["sources"], strict=True))
+    ]
+    for place, was, now in pairs:
+        for key in (key for key in now if key in was and key != "sources" and now[key] != was[key]):
+            raise UserError(
+                f"was built with {was[key]!r}", file=folder, key=f"{place}.{key}", value=now[key], remedy=remedy
+            )
 
 
 def _check(path: Path, sha256: str | None, size: int | None, remedy: str) -> None:

@@ -38,7 +38,7 @@ _REBUILD = "run forgetrain data build again, or fetch the file again"
 
 def suffixed(prefix: Path, suffix: str) -> Path:
     """``PREFIX.bin`` or ``PREFIX.idx``: appended, for a prefix may hold dots."""
-    return prefix.with_name(prefix.name + suffix)
+    return Path(f"{prefix}{suffix}")
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

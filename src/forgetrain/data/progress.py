@@ -22,7 +22,12 @@ class Display:
         self._task = TaskID(0)
         self._what = ""
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+            )
             self._bar = Progress(*columns, TextColumn("{task.fields[eta]}"), console=console, transient=True)
 
     def __enter__(self) -> Display:

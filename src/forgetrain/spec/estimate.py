@@ -25,6 +25,11 @@ from forgetrain.spec.target import Target
 GIB = 2**30
 
 
+def in_units(count: float) -> str:
+    """Bytes for a person: in GiB, or in MiB where that is less than a tenth of one."""
+    return f"{count / GIB:,.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:,.1f} MiB"
+
+
 @dataclass(frozen=True)
 class Parameters:
     total: int

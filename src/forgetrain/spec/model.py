@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from forgetrain.spec.section import Positive, Section
+from forgetrain.spec.section import Positive, PositiveFloat, Section
 
 
 class Model(Section):
@@ -19,18 +19,18 @@ class Model(Section):
     num_key_value_heads: Positive
     head_dim: Positive
     vocab_size: Positive
-    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
-    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    rope_theta: PositiveFloat = 10000.0
+    rms_norm_eps: PositiveFloat = 1e-6
     tie_word_embeddings: bool = False
     max_position_embeddings: Positive = 4096
     attention_bias: bool = False  # a bias on q, k and v, none on o, as Qwen2 has it
     qk_norm: bool = False  # RMSNorm over head_dim on q and k before RoPE, as Qwen3 has it
     # MiniCPM's muP scales: embeddings × scale_emb, each residual branch × scale_depth / sqrt(layers),
     # hidden states before the head ÷ (hidden_size / dim_model_base). None leaves the scale out.
-    scale_emb: float | None = None
-    scale_depth: float | None = None
-    dim_model_base: int | None = None
-    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    scale_emb: PositiveFloat | None = None
+    scale_depth: PositiveFloat | None = None
+    dim_model_base: Positive | None = None
+    initializer_range: PositiveFloat = 0.02
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

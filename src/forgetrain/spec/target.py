@@ -21,21 +21,21 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from forgetrain.errors import UserError
 from forgetrain.spec.model import Model
 from forgetrain.spec.parallel import Parallel
-from forgetrain.spec.section import Positive, Ratio, Section, Weight
+from forgetrain.spec.section import NotNegative, Positive, PositiveFloat, Ratio, Section
 
 
 class Recipe(Section):
     """How the model is trained. Weight decay applies to parameters of two or more dimensions only."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: the layers' matrices; AdamW for all else
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    lr: PositiveFloat = 3e-4
+    min_lr: NotNegative = 0.0
     beta1: Ratio = 0.9
     beta2: Ratio = 0.95
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    muon_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    clip: Annotated[float, Field(gt=0)] = 1.0  # the global gradient norm is clipped to this
+    eps: PositiveFloat = 1e-8
+    muon_momentum: Ratio = 0.95
+    weight_decay: NotNegative = 0.1
+    clip: PositiveFloat = 1.0  # the global gradient norm is clipped to this
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     decay_steps: Annotated[int, Field(ge=0)] = 0  # WSD: the last steps, in which the rate falls to min_lr
@@ -52,6 +52,8 @@ class Recipe(Section):
             raise ValueError(
                 f"batch_size = {self.batch_size} is not a multiple of micro_batch_size = {self.micro_batch_size}"
             )
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr = {self.min_lr:g} is above lr = {self.lr:g}, which falls to it")
         if self.warmup_steps + self.decay_steps > self.steps:
             raise ValueError(
                 f"warmup_steps + decay_steps = {self.warmup_steps + self.decay_steps} exceed steps = {self.steps}"
@@ -72,7 +74,7 @@ class Hardware(Section):
     name: str = "cpu"
     count: Positive = 1
     threads: Positive = 2  # CPU threads of each process: bits depend on it, so it is part of the target
-    memory_gib: float | None = None
+    memory_gib: PositiveFloat | None = None
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -85,15 +87,26 @@ class Source(Section):
     A record's text is its ``field``, or what ``template`` makes of its fields: ``"{title}\\n{text}"``.
     """
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     name: str | None = None  # what stages call it; its path when there is none
-    weight: Weight = 1.0
-    glob: str = "**/*"
+    weight: PositiveFloat = 1.0
+    glob: Annotated[str, Field(min_length=1)] = "**/*"
     field: str | None = None  # "text" when there is no template either
     template: str | None = None
     config: str | None = None  # of a Hugging Face data set
     split: str | None = None  # of a Hugging Face data set, there or on disk; None is "train"
     revision: str | None = None  # of a Hugging Face data set: the commit that is read
+
+    @model_validator(mode="after")
+    def _of_the_hub(self) -> Source:
+        if self.path.startswith("hf:"):
+            if not self.path.removeprefix("hf:").strip("/"):
+                raise ValueError(f"path = {self.path!r} names no data set; write hf:org/name")
+            if self.glob != "**/*":
+                raise ValueError(f"glob is of a folder, and {self.path} is on the hub; leave it out")
+        elif (key := "config" if self.config else "revision" if self.revision else None) is not None:
+            raise ValueError(f"{key} is of a data set of the hub, and {self.path} is none; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _one_text(self) -> Source:
@@ -138,13 +151,13 @@ class StageSpec(Section):
 
     name: Annotated[str, Field(min_length=1)]
     steps: Positive
-    weights: dict[str, Weight] = Field(default_factory=dict)
+    weights: dict[str, PositiveFloat] = Field(default_factory=dict)
     sequence_length: Positive | None = None
     batch_size: Positive | None = None
 
 
 class Data(Section):
-    sources: list[Source] = Field(default_factory=lambda: [Source(path="python-stdlib", glob="**/*.py")])
+    sources: list[Source] = Field(default_factory=lambda: [Source(path="python-stdlib", glob="**/*.py")], min_length=1)
     stages: list[StageSpec] = Field(default_factory=list)  # none: one stage of all the recipe's steps
     tokenizer: str | None = None  # a folder with tokenizer.json; None trains one of the model's vocab_size
     documents: Literal["ignore", "mask", "mask+reset"] = "ignore"  # attention across document boundaries, positions
@@ -183,13 +196,13 @@ class Gates(Section):
     steps: Positive = 20
     ranks: int = Field(default=0, ge=0)  # processes of G3 and G9; 0 is two, or as many as [parallel] asks for
     race_batch_size: int = Field(default=0, ge=0)  # rows of a step of G7's race; 0 is the recipe's
-    g4_fp32_ratio: float = 2.0
-    g4_bf16_ratio: float = 1.5
-    g5_relative: float = 5e-4
-    g5_band: float = 3.0
+    g4_fp32_ratio: NotNegative = 2.0
+    g4_bf16_ratio: NotNegative = 1.5
+    g5_relative: NotNegative = 5e-4
+    g5_band: NotNegative = 3.0
     g5_seeds: Positive = 3
     g5_steps: Positive = 100
-    g7_minimum: float = 0.01
+    g7_minimum: NotNegative = 0.01
 
     @model_validator(mode="after")
     def _divides(self) -> Gates:
@@ -243,7 +256,7 @@ class Training(Section):
     log_every: Positive = 10  # GPU: how often metrics come to the host; on a CPU every step is logged
     skip_limit: Positive = 10  # so many steps in a row without a finite gradient norm end the run
     # A loss so many standard deviations above the last ones is a spike; 0 looks for none. Six: docs/train.md has why.
-    spike_z: Annotated[float, Field(ge=0)] = 6.0
+    spike_z: NotNegative = 6.0
     spike_window: Annotated[int, Field(ge=2)] = 64  # losses that are compared with
     spike_repeats: Positive = 3  # so many spikes in a row send the run back to a good checkpoint, past their batches
     rollback_limit: Positive = 3  # so many times to the same checkpoint; the next end the run
@@ -259,9 +272,9 @@ class Training(Section):
 class Search(Section):
     """The budget of ``forgetrain forge``; whichever ends first ends the run."""
 
-    minutes: Annotated[float, Field(gt=0)] = 30.0
+    minutes: PositiveFloat = 30.0
     attempts: Positive = 200
-    dollars: Annotated[float, Field(ge=0)] = 0.0
+    dollars: NotNegative = 0.0
     tokens: Annotated[int, Field(ge=0)] = 0
     verify_every: Positive = 10  # attempts, after which the champion is judged again
 

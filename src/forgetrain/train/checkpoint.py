@@ -14,6 +14,7 @@ DCP reads any layout into any other, so another world size may resume it.
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -187,8 +188,10 @@ def verify(path: Path) -> Checkpoint:
 
 
 def steps_in(root: Path) -> list[Path]:
-    """The checkpoints under ``root``, newest first, unverified."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+    """The checkpoints under ``root``, newest first, unverified. A folder of another name, such as a copy that somebody
+    put there, is none: it is neither resumed from nor removed."""
+    found = (path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:

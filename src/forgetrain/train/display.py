@@ -30,7 +30,12 @@ class Display:
         if console.is_terminal:
             columns = (
                 *(TextColumn("train"), BarColumn(bar_width=20), MofNCompleteColumn()),
-                *(TextColumn("{task.description}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn()),
+                *(
+                    TextColumn("{task.description}", markup=False),
+                    TimeElapsedColumn(),
+                    TextColumn("ETA"),
+                    TimeRemainingColumn(),
+                ),
             )
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task("", total=steps, completed=done)

@@ -164,7 +164,8 @@ def _find_start(
         _require_same(target, data, found, console)
         require_same_past(found, stages_of(target), target)
         if (before := found.manifest["engine"])["sha256"] != chosen.sha256:
-            say(console, f"resuming with the engine {chosen.name}, before it was {before['name']}")
+            was = before["status"] if before["name"] == chosen.name else before["name"]
+            say(console, f"resuming with the engine {chosen.name} ({chosen.status}), before it was {was}")
     return found
 
 

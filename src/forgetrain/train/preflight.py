@@ -20,7 +20,7 @@ import torch.distributed as dist
 from forgetrain.data.loader import Loader
 from forgetrain.durable import read_json, sync_folder
 from forgetrain.errors import UserError
-from forgetrain.spec.estimate import GIB, memory, parameters
+from forgetrain.spec.estimate import in_units, memory, parameters
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.stages import stages_of, tokens_before
 from forgetrain.spec.target import Recipe, Target, Training
@@ -80,16 +80,16 @@ def _memory(target: Target, world: World) -> Check:
         _require(copy // max(target.hardware.count, 1), host, "host memory for the copy that a checkpoint is made of")
     total = need.total * ranks + (copy if world.device == "cpu" else 0)
     if free is None:
-        return Check("memory", f"about {total / GIB:.2f} GiB; the system does not say what is available")
+        return Check("memory", f"about {in_units(total)}; the system does not say what is available")
     _require(least, free, "memory for weights, optimizer states and, on a CPU, their copy for checkpoints")
     verdict = "" if total <= free else "; MORE than that: only an engine that recomputes or shards can run"
-    return Check("memory", f"about {total / GIB:.2f} GiB of {free / GIB:.2f} GiB available{verdict}")
+    return Check("memory", f"about {in_units(total)} of {in_units(free)} available{verdict}")
 
 
 def _require(need: int, free: int, what: str) -> None:
     if need > free:
         raise UserError(
-            f"needs at least {need / GIB:.2f} GiB of {what}, {free / GIB:.2f} GiB are available",
+            f"needs at least {in_units(need)} of {what}, {in_units(free)} are available",
             key="hardware",
             remedy="use a larger machine or more ranks, or a smaller model; forgetrain estimate has the sums",
         )
@@ -116,12 +116,12 @@ def _disk(target: Target, root: Path) -> Check:
     need = count * checkpoint_bytes(target)
     if need > free + held:
         raise UserError(
-            f"{count} checkpoints of {checkpoint_bytes(target) / GIB:.2f} GiB need {need / GIB:.2f} GiB, "
-            f"{(free + held) / GIB:.2f} GiB are free",
+            f"{count} checkpoints of {in_units(checkpoint_bytes(target))} need {in_units(need)}, "
+            f"{in_units(free + held)} are free",
             file=root,
             remedy="free some space, or keep fewer with train.keep_last and train.keep_every",
         )
-    return Check("disk", f"{need / GIB:.2f} GiB for {count} checkpoints, {(free + held) / GIB:.2f} GiB free")
+    return Check("disk", f"{in_units(need)} for {count} checkpoints, {in_units(free + held)} free")
 
 
 def _writable(root: Path) -> Check:

@@ -110,7 +110,7 @@ def start_world(*, device: str, threads: int, parallel: Parallel = _ALONE) -> It
         UserError: there is no GPU, or fewer than ranks on this host; or ranks do not divide as ``parallel`` says; or a
             rank does not come.
     """
-    size, rank, local = (int(os.environ.get(key, default)) for key, default in _TORCHRUN)
+    size, rank, local = _asked_for()
     sharing = parallel.sharing
     remedy = f"start {sharing} with torchrun --nproc-per-node {sharing}, or a multiple of that"
     parallel.require_fit(size, f"the {size} ranks that were started", remedy)
@@ -140,6 +140,32 @@ def start_world(*, device: str, threads: int, parallel: Parallel = _ALONE) -> It
             dist.barrier(control)  # rank 0 may hold the store, so it leaves with the last
     finally:
         dist.destroy_process_group()
+
+
+def first_rank() -> bool:
+    """Whether this process is the one that speaks for all, by what torchrun says of it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _asked_for() -> tuple[int, int, int]:
+    """WORLD_SIZE, RANK and LOCAL_RANK, as torchrun sets them; without them, one process."""
+    found = {}
+    for key, default in _TORCHRUN:
+        value = os.environ.get(key, default)
+        if not value.isdecimal():
+            raise UserError("is no whole number", key=key, value=value, remedy="start the ranks with torchrun")
+        found[key] = int(value)
+    size, rank, local = found.values()
+    if rank >= size:
+        raise UserError(f"is not below WORLD_SIZE = {size}", key="RANK", value=rank, remedy="number ranks from 0")
+    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in os.environ]
+    if size > 1 and missing:
+        raise UserError(
+            f"is not set, and WORLD_SIZE = {size} ranks must find each other",
+            key=missing[0],
+            remedy="start the ranks with torchrun, or unset WORLD_SIZE",
+        )
+    return size, rank, local
 
 
 def make_mesh(device: str, size: int, parallel: Parallel) -> DeviceMesh:
@@ -176,7 +202,7 @@ def _join(rank: int, size: int) -> Store:
             elif _all_answer(this_round, rank, size):
                 return this_round
             _left(until)
-    except (RuntimeError, ValueError) as error:  # ValueError: one of torchrun's variables is missing
+    except (RuntimeError, ValueError) as error:  # ValueError: MASTER_PORT is no number
         absent = [str(other) for other in range(size) if store is not None and not store.check([f"here/{other}"])]
         who = f"rank {', '.join(absent)} of {size}" if absent else f"another of the {size} ranks"
         raise UserError(
@@ -212,4 +238,4 @@ _ROUND = 2.0  # seconds that rank 0 waits for answers before it looks again who 
 
 #: So long a rank waits for the others before the first step: a cluster starts its containers one by one.
 JOIN_SECONDS = 300.0
-_TORCHRUN = (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0))
+_TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
