@@ -66,7 +66,7 @@ def no_space_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else _system_error(error)
+        number = getattr(error, "errno", None) or _system_error(error)
         if number not in NO_SPACE:
             raise
         raise UserError(
@@ -76,9 +76,9 @@ def no_space_named(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _system_error(error: SafetensorError) -> int | None:
-    """safetensors keeps the system's error number in its text alone."""
-    number = re.search(r"\(os error (\d+)\)", str(error))
+def _system_error(error: Exception) -> int | None:
+    """safetensors, and shutil where it copies a folder, keep the system's error number in their text alone."""
+    number = re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(error))
     return None if number is None else int(number.group(1))
 
 

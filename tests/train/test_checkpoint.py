@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 import subprocess
@@ -161,6 +162,19 @@ except UserError as error:
     assert "step-00000030: cannot be written: file too large" in done.stdout, done.stderr
     assert sorted(path.name for path in saved.iterdir()) == ["step-00000010", "step-00000020"]
     assert checkpoint.newest(saved, warn=pytest.fail).step == 20
+
+
+def test_a_disk_that_is_full_for_the_tokenizer_already_is_named_and_nothing_is_left(
+    saved, tensors, tokenizer, monkeypatch
+):
+    def full(source, target, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    # copytree wraps its copying function's errors in one without a number
+    monkeypatch.setattr(shutil.copytree, "__defaults__", (False, None, full, False, False))
+    with pytest.raises(UserError, match="step-00000030: cannot be written: no space left on device"):
+        checkpoint.save(Engine(tensors).state(), saved, 30, {}, tokenizer, ALONE)
+    assert sorted(path.name for path in saved.iterdir()) == ["step-00000010", "step-00000020"]
 
 
 def test_old_ones_are_pruned(tensors, tokenizer, tmp_path):

@@ -1,11 +1,17 @@
 """What a run's journal leaves: JSON lines, and what TensorBoard reads out of its event files."""
 
+import contextlib
 import json
 import math
+import time
+from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from forgetrain.errors import UserError
+from forgetrain.train.events import Events
 from forgetrain.train.metrics import Journal, read_journal
 
 
@@ -50,3 +56,22 @@ def test_steps_that_are_taken_again_replace_what_was_there(tmp_path):
     due = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
     assert [(line["step"], line["loss"]) for line in read_journal(tmp_path / "metrics.jsonl")] == due
     assert scalars(tmp_path)["loss"] == due
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_for_tensorboard_is_one_line(tmp_path, capfd):
+    events = Events(tmp_path / "tensorboard", 0)
+    [file] = (tmp_path / "tensorboard").iterdir()
+    file.unlink()
+    file.symlink_to("/dev/full")  # TensorBoard opens its file for each flush
+
+    def until_it_fails():
+        for step in range(200):
+            events.write(step, {"loss": 1.0})
+            time.sleep(0.01)
+
+    with pytest.raises(UserError, match="tensorboard: cannot be written: no space left on device"):
+        until_it_fails()
+    with contextlib.suppress(UserError):
+        events.close()
+    assert "Traceback" not in capfd.readouterr().err

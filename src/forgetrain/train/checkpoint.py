@@ -112,9 +112,9 @@ def save(
             partial.mkdir(parents=True)
             shutil.copytree(tokenizer, partial / TOKENIZER)
 
-    world.first(begin)
     state = {name: Piece.of(shard) for name, shard in shards.items()}
     try:
+        world.first(begin)
         with no_space_named(final):
             _write(state, partial, world)
         mine = sorted(partial.glob(f"__{world.rank}_*"))

@@ -9,6 +9,7 @@ checksums, which are plain Python, are taken while the interpreter has the next 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,18 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 from torch.utils.tensorboard.writer import FileWriter
 
+from forgetrain.durable import NO_SPACE, no_space_named
+
 
 class Events:
-    """A new event file under ``folder``; what earlier ones have beyond ``step`` is shown no more."""
+    """A new event file under ``folder``; what earlier ones have beyond ``step`` is shown no more.
+
+    Raises, from any call, the error that the writing thread met; a UserError where the disk is full.
+    """
 
     def __init__(self, folder: Path, step: int):
+        self._folder, self._hook = folder, threading.excepthook
+        threading.excepthook = self._said_by_write
         self._writer = FileWriter(str(folder))
         if step:
             purge = SessionLog(status=SessionLog.START)
@@ -31,7 +39,17 @@ class Events:
         """The numbers among ``values``; flags and words are left out."""
         numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         scalars = [Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
-        self._writer.add_summary(Summary(value=scalars), step)
+        with no_space_named(self._folder):
+            self._writer.add_summary(Summary(value=scalars), step)
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            with no_space_named(self._folder):
+                self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _said_by_write(self, failure: Any) -> None:
+        """The writing thread keeps its error for ``write`` and raises it besides; of a full disk one line is enough."""
+        if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in NO_SPACE):
+            self._hook(failure)

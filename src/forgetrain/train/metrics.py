@@ -118,8 +118,11 @@ class Journal:
             self._mirror.write(step, values)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        try:
+            with no_space_named(self.path):
+                self._file.close()
+        finally:
+            self._events.close()
 
 
 _INFINITE = (float("inf"), float("-inf"))
