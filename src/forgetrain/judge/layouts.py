@@ -130,12 +130,12 @@ def _near(trial: Trial) -> Verdict:
     ranks, stream = _ranks_with_devices(judge), trial.stream(target, "G3")
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
 
-    def trained(module: str | Path, ranks: int) -> tuple[list[StepRecord], State]:
-        with judge.trusted(module, target, ranks=ranks) as engine:
+    def trained(module: str | Path, ranks: int, precision: str) -> tuple[list[StepRecord], State]:
+        with judge.trusted(module, target, precision=precision, ranks=ranks) as engine:
             return from_weights(engine, weights, stream, judge.effort.g3_steps), engine.state()
 
-    due = trained(judge.reference, ranks // target.parallel.sharing)
-    known_good = trained(judge.known_good, 1)
+    due = trained(judge.reference, ranks // target.parallel.sharing, target.precision.kept)
+    known_good = trained(judge.peer, 1, target.precision.dtype)
     run = _run(trial, ranks, stream, weights)
     return g3_near(
         _distances(target, run.before, (run.records, run.after), due),
@@ -143,8 +143,8 @@ def _near(trial: Trial) -> Verdict:
         run.records[1:],
         run.resumed,
         layout=layout_of(target, ranks),
-        precision=target.precision.dtype,
-        tolerance=None if run.deterministic else SCALARS[target.precision.dtype]["loss"],
+        precision=target.precision.kept,
+        tolerance=None if run.deterministic else SCALARS[target.precision.kept]["loss"],
         sandboxed=trial.sandboxed,
     )
 
@@ -178,7 +178,7 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
         rates = [learning_rate(target.recipe, step) for step in range(steps)]
         due = [float(engine.step(loader.batch_at(step), rate).loss) for step, rate in enumerate(rates)]
         digest, deterministic = engine.weight_hash(), engine.deterministic
-    tolerance = None if deterministic else SCALARS[target.precision.dtype]["loss"]
+    tolerance = None if deterministic else SCALARS[target.precision.kept]["loss"]
     found: dict[str, TrainingRun] = {}
     last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
     # what the first run compiles serves the second and the resumed one, as it does on a user's machine
