@@ -86,7 +86,8 @@ def measure(args: argparse.Namespace) -> dict:
         engine = args.out / f"{args.target}.py"
         plan = Plan.read(args.plan) if args.plan else Plan({"schedule": "hopper"})
         for choice in args.choose:
-            plan = plan.with_choice(*choice.split("=", 1))
+            key, _, name = choice.partition("=")
+            plan = plan.with_choice(key, name)
         engine.write_text(write_engine(target, plan), encoding="utf-8")
     names = ["engine", *(args.peers.split(",") if args.peers else [])]
     blocks: dict[str, list[dict]] = {name: [] for name in names}

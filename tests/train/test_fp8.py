@@ -1,6 +1,7 @@
 """Training of fp8 targets: with engines that compute in fp8 alone, and a speed that claims no MFU."""
 
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -13,6 +14,7 @@ from forgetrain.spec.stages import stages_of
 from forgetrain.spec.target import load_target
 from forgetrain.train.speed import Speed
 from forgetrain.train.verified import choose_engine
+from forgetrain.train.world import World
 from tests.spec.test_estimate import TARGETS
 from tests.tiny import tiny_target
 
@@ -44,7 +46,7 @@ def test_there_is_nothing_to_collect():
 
 def test_the_speed_is_a_share_of_the_floor():
     target = load_target(TARGETS / "minicpm5-1b-h200-fp8.toml")
-    speed = Speed(target, SimpleNamespace(device="cuda", size=1), stages_of(target), 0)
+    speed = Speed(target, cast(World, SimpleNamespace(device="cuda", size=1)), stages_of(target), 0)
     roof = roofline(target)
     rate = 128 * 4096 / (roof.products + roof.attention) / 2
     shares = speed.shares(rate, 4096)
