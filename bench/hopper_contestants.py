@@ -1,8 +1,9 @@
 """The contestants of bench/hopper.py, each in a process of its own: builds a model, then measures when told to.
 
 Requests come as JSON lines on stdin, answers go as JSON lines to stdout. Each contestant does whole optimizer steps:
-bf16 weights with fp32 masters, moments and accumulated gradients, clipping at 1; transformers, as people run it, with
-bf16 weights alone or under autocast over fp32 weights; torchtitan as its trainer runs on one GPU, under autocast.
+the engine in its target's precision, Megatron in bf16, both with bf16 weights and fp32 masters, moments and accumulated
+gradients, clipping at 1; transformers, as people run it, with bf16 weights alone or under autocast over fp32 weights;
+torchtitan as its trainer runs on one GPU, under autocast.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def engine_step(settings: dict) -> tuple[Step, Release]:
 
     target, tokens = settings["target"], random_tokens(settings)
     target["recipe"]["micro_batch_size"] = settings["rows"]
-    engine = load_engine(settings["engine"]).build(target, device="cuda", precision="bf16", mesh=None)
+    engine = load_engine(settings["engine"]).build(
+        target, device="cuda", precision=target["precision"]["dtype"], mesh=None
+    )
     views = {name.removeprefix("master/"): s.tensor for name, s in engine.state().items() if name.startswith("master/")}
     engine.load({name: initial(tensor) for name, tensor in views.items()})
     batch = make_batch(tokens, tokens.roll(-1, 1))

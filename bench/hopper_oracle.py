@@ -63,8 +63,9 @@ def compare(target: Target, engine: Path, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         textbook = Path(folder) / "textbook.py"
         textbook.write_text(write_engine(target, Plan.textbook()), encoding="utf-8")
-        for precision in ("bf16", "fp32"):
-            truth = oracle_step(target, weights, batch, LR, precision=precision, device=device)
+        for precision in (target.precision.dtype, "fp32"):
+            kept = target.precision.kept if precision != "fp32" else "fp32"
+            truth = oracle_step(target, weights, batch, LR, precision=kept, device=device)
             torch.cuda.empty_cache()  # of the oracle's float64 activations
             for name, file in (("engine", engine), ("textbook", textbook)):
                 state, loss, norm = moments(file, target, weights, batch, device, precision)
@@ -90,14 +91,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file for the errors")
     args = parser.parse_args()
     shape = ["recipe.batch_size=2", "recipe.micro_batch_size=1", f"recipe.sequence_length={args.length}"]
-    found = compare(load_target(args.target, shape), args.engine, args.device)
-    for name in found["engine bf16"]["kinds"]:
+    target = load_target(args.target, shape)
+    found, dtype = compare(target, args.engine, args.device), target.precision.dtype
+    for name in found[f"engine {dtype}"]["kinds"]:
         columns = []
-        for precision in ("bf16", "fp32"):
+        for precision in (dtype, "fp32"):
             ours, plain = (found[f"{who} {precision}"]["kinds"][name] for who in ("engine", "textbook"))
             columns.append(f"{precision} {ours:.2e} / {plain:.2e} = {ours / plain:.3f}")
         print(f"{name:36} {'   '.join(columns)}")
-    print(f"two runs: {found['twice bf16']} in bf16, {found['twice fp32']} in fp32")
+    print(f"two runs: {found[f'twice {dtype}']} in {dtype}, {found['twice fp32']} in fp32")
     if args.out is not None:
         args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -14,10 +14,14 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from forgetrain.engine.plan import Plan
+from forgetrain.ops.cuda.fp8 import Fp8, find_largest_, quantise
+from forgetrain.ops.cuda.largest import SLOTS
 from forgetrain.ops.cuda.linear import prepared, product_
 from forgetrain.spec.model import Model
 from forgetrain.spec.target import load_target
@@ -25,8 +29,19 @@ from forgetrain.spec.target import load_target
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def products(model: Model, tokens: int) -> dict[str, tuple[tuple, bool]]:
-    """Plan key → (out, a, b, whether it adds to out), on random data."""
+class Product(NamedTuple):
+    """What ``product_`` takes, but the rank."""
+
+    out: Tensor
+    a: Tensor
+    b: Tensor
+    adds: bool
+    units: tuple[Tensor, Tensor] | None = None
+    fast: bool = False
+
+
+def products(model: Model, tokens: int, fp8: bool) -> dict[str, Product]:
+    """Plan key → product, on random data; all but the head's in fp8 if asked for."""
     heads, groups, width = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
     shapes = {
@@ -44,36 +59,45 @@ def products(model: Model, tokens: int) -> dict[str, tuple[tuple, bool]]:
         )
         y, d_x = torch.empty_like(d_y), torch.empty_like(x)
         grad = torch.zeros(outputs, inputs, device="cuda")
-        found[f"rank_{name}_forward"] = ((y, x, weight.t()), False)
-        found[f"rank_{name}_input_grad"] = ((d_x, d_y, weight), False)
-        found[f"rank_{name}_weight_grad"] = ((grad, d_y.t(), x), True)
+        if fp8 and name != "head":
+            x8, w8, d8 = eighth(x), eighth(weight), eighth(d_y, gradient=True)
+            found[f"rank_{name}_forward"] = Product(y, x8.rows, w8.rows.t(), False, (x8.unit, w8.unit), True)
+            found[f"rank_{name}_input_grad"] = Product(d_x, d8.rows, w8.turned.t(), False, (d8.unit, w8.unit))
+            found[f"rank_{name}_weight_grad"] = Product(grad, d8.turned, x8.turned.t(), True, (d8.unit, x8.unit))
+        else:
+            found[f"rank_{name}_forward"] = Product(y, x, weight.t(), False)
+            found[f"rank_{name}_input_grad"] = Product(d_x, d_y, weight, False)
+            found[f"rank_{name}_weight_grad"] = Product(grad, d_y.t(), x, True)
     return found
 
 
-def timed(tensors: tuple, adds: bool, rank: int, repeats: int) -> float:
+def eighth(x: Tensor, gradient: bool = False) -> Fp8:
+    return quantise(x, find_largest_(x, torch.zeros(SLOTS, dtype=torch.int32, device="cuda")), gradient)
+
+
+def timed(product: Product, rank: int, repeats: int) -> float:
     """Milliseconds of one product, the mean over ``repeats`` in a row."""
-    out, a, b = tensors
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(repeats):
-        product_(out, a, b, rank, accumulate=adds)
+        product_(product.out, product.a, product.b, rank, 1.0, product.adds, product.units, product.fast)
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / repeats
 
 
-def measure(tensors: tuple, adds: bool, seconds: float) -> list[float]:
+def measure(product: Product, seconds: float) -> list[float]:
     """Milliseconds of each proposal at the power limit; infinite for those far behind in a short trial."""
-    out, a, b = tensors
+    out, a, b = product[:3]
     sizes, strides = (a.shape[0], b.shape[1], a.shape[1]), (a.stride(), b.stride(), out.stride())
-    ranks = range(len(prepared(sizes, strides, out.dtype)[2]))
-    trial = [min(timed(tensors, adds, rank, 2) for _ in range(4)) for rank in ranks]
+    ranks = range(len(prepared(sizes, strides, (a.dtype, b.dtype, out.dtype), product.fast)[2]))
+    trial = [min(timed(product, rank, 2) for _ in range(4)) for rank in ranks]
     found = [math.inf] * len(trial)
     for rank in ranks:
         if rank == 0 or trial[rank] < 1.12 * min(trial):
             repeats = max(4, int(seconds * 1e3 / trial[rank] / 2))
-            timed(tensors, adds, rank, repeats)  # the clock settles
-            found[rank] = timed(tensors, adds, rank, repeats)
+            timed(product, rank, repeats)  # the clock settles
+            found[rank] = timed(product, rank, repeats)
     return found
 
 
@@ -88,12 +112,11 @@ def main() -> None:
     args = parser.parse_args()
     target, plan, log = load_target(ROOT / "targets" / f"{args.target}.toml"), Plan.read(args.plan), {}
     tokens = args.micro_batch * target.recipe.sequence_length
-    for key, (tensors, adds) in products(target.model, tokens).items():
-        times = measure(tensors, adds, args.seconds)
+    for key, product in products(target.model, tokens, target.precision.dtype == "fp8").items():
+        times = measure(product, args.seconds)
         best = min(range(len(times)), key=times.__getitem__)
         best = best if times[best] < times[0] * (1 - args.margin) else 0
-        out, a, _ = tensors
-        rate = 2 * out.numel() * a.shape[1] / 1e9
+        rate = 2 * product.out.numel() * product.a.shape[1] / 1e9
         plan = plan.with_choice(key, str(best))
         shown = [round(t, 4) if t < math.inf else None for t in times]
         log[key] = {"rank": best, "ms": shown, "tflops": round(rate / times[best], 1)}

@@ -33,7 +33,7 @@ def production(target) -> str:
 
 def judged(folder, target, source, **options):
     reference, candidate = folder / "reference.py", folder / "candidate.py"
-    reference.write_text(write_engine(target.on_whole_ranks(), Plan.textbook()))
+    reference.write_text(write_engine(target.for_reference(), Plan.textbook()))
     candidate.write_text(source)
     with Judge(target, reference=reference, effort=EFFORT) as judge:
         return judge.judge(candidate, **options)

@@ -128,6 +128,19 @@ def test_roofline():
     assert mfu(tokens / roof.bound, target.model, 4096, peak=989.4e12)["causal"] == pytest.approx(1.0)
 
 
+def test_under_fp8_the_layers_products_have_a_peak_of_their_own():
+    target = load_target(TARGETS / "minicpm5-1b-h200-fp8.toml")
+    roof, tokens = roofline(target), 128 * 4096
+    layers, head = 6 * (679_552_512 - 49 * 1536), 6 * 130_560 * 1536  # 49 norms are in no product
+    assert roof.products == pytest.approx(tokens * (layers / 1978.9e12 + head / 989.4e12))
+    in_bf16 = roofline(target.for_reference())
+    assert (roof.attention, roof.traffic) == (in_bf16.attention, in_bf16.traffic)
+    assert memory(target).weights - memory(target.for_reference()).weights == 2 * (679_552_512 - 49 * 1536)
+    with pytest.raises(UserError, match="no fp8") as refused:
+        roofline(load_target(TARGETS / "minicpm5-1b-h200-fp8.toml", ["hardware.name=a100"]))
+    assert refused.value.key == "precision.dtype"
+
+
 def test_mfu_in_both_conventions():
     model = load_target(TARGETS / "minicpm5-1b-h200.toml").model
     shares = mfu(77_000, model, 4096, peak=HARDWARE["h200"].peak("bf16"))

@@ -78,10 +78,11 @@ def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool
     layers = f", layers over {tensor} ranks" if tensor > 1 else ""
     over = layers + (f", over {data} ranks" if shard and data > 1 else "")
     over_optimizer = layers + (f", over {data} ranks" if (shard or shard_optimizer) and data > 1 else "")
+    rounded = ", the layers' in fp8 besides, two bytes" if target.precision.dtype == "fp8" else ""
     full = {True: "fits", False: "does NOT fit", None: "of the machine's"}[estimate.fits]
     size = "" if device.memory_gib is None else f" in {device.memory_gib:g} GiB"
     rows(
-        ("weights", in_units(memory.weights), f"{target.precision.dtype}{over}"),
+        ("weights", in_units(memory.weights), f"{target.precision.kept}{rounded}{over}"),
         ("gradients", in_units(memory.gradients), f"fp32 accumulators{over}"),
         ("optimizer", in_units(memory.optimizer), f"fp32 moments{_masters(target)}{over_optimizer}"),
         ("activations", in_units(memory.activations), f"{micro}, nothing recomputed"),
@@ -96,13 +97,13 @@ def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool
         ("bytes a step, optimizer", f"{moved.optimizer:,}", _passes(target)),
     )
     each = " a thread" if hardware.device == "cpu" else ""
-    peak = device.peak(target.precision.dtype)
-    rate = f"{peak / 1e12:,.1f} TFLOP/s" if peak >= 1e12 else f"{peak / 1e9:,.0f} GFLOP/s"
+    rate, kept = _rate(device.peak(target.precision.dtype)), _rate(device.peak(target.precision.kept))
+    rates = rate + each + (f", the head's at {kept}{each}" if rate != kept else "")
     speed = f"{device.terabytes:g} TB/s" if device.terabytes >= 1 else f"{device.terabytes * 1e3:g} GB/s"
     bound = "; no run is faster" if device.is_bound else ""
     rows(
-        ("products", _seconds(roof.products), f"a step of {estimate.tokens_per_step:,} tokens at {rate}{each}"),
-        ("attention", _seconds(roof.attention), "causal, at the same rate"),
+        ("products", _seconds(roof.products), f"a step of {estimate.tokens_per_step:,} tokens at {rates}"),
+        ("attention", _seconds(roof.attention), f"causal, at {kept}{each}"),
         ("memory traffic", _seconds(roof.traffic), f"everything else, at {speed}{each}"),
         ("step, one after the other", _seconds(roof.serial), _tokens(estimate, roof.serial)),
         (
@@ -116,7 +117,7 @@ def table(target: Target, estimate: Estimate, shard: bool, shard_optimizer: bool
 
 
 def _masters(target: Target) -> str:
-    return " and master weights" if target.precision.dtype == "bf16" else "; fp32 weights are their own masters"
+    return " and master weights" if target.precision.kept == "bf16" else "; fp32 weights are their own masters"
 
 
 def _passes(target: Target) -> str:
@@ -126,6 +127,10 @@ def _passes(target: Target) -> str:
 
 def _flops(count: int) -> str:
     return f"{count / 1e9:,.3f} GFLOP"
+
+
+def _rate(peak: float) -> str:
+    return f"{peak / 1e12:,.1f} TFLOP/s" if peak >= 1e12 else f"{peak / 1e9:,.0f} GFLOP/s"
 
 
 def _seconds(seconds: float) -> str:

@@ -16,7 +16,7 @@ def command(
     source: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run's folder for its newest.")],
     to: Annotated[str, typer.Option("--to", help="The format: hf.")] = "hf",
     out: Annotated[Path | None, typer.Option(help="The folder to write. Default: RUN/export/hf.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: the target's precision.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: what the target keeps weights in.")] = None,
     check: Annotated[bool, typer.Option(help="Compare the export's logits with the engine's.")] = True,
     as_json: Json = False,
 ) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import importlib.resources
 import importlib.util
 import inspect
+import math
 import subprocess
 import sys
 import types
@@ -25,8 +26,9 @@ import ruff
 
 from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE, Plan
 from forgetrain.errors import UserError
-from forgetrain.ops import blocked, context, native, products, regions, rope
+from forgetrain.ops import blocked, context, fp8, native, products, regions, rope
 from forgetrain.ops.table import OPS
+from forgetrain.spec.stages import stages_of
 from forgetrain.spec.target import Target
 
 _TEMPLATES = jinja2.Environment(
@@ -59,8 +61,11 @@ _CONTEXT_ATTENTION = [
     context.attention_context_backward,
 ]
 
+#: What the sizes of fp8 products are multiples of: cuBLASLt takes rows of so many bytes.
+_FP8_SIZES = 16
+
 #: The modules of ops.cuda that the hopper schedule is made of, and those that a choice adds.
-_HOPPER_MODULES = ("linear", "embedding", "rmsnorm", "rope", "attention", "swiglu", "cross_entropy", "adamw")
+_HOPPER_MODULES = ("largest", "linear", "embedding", "rmsnorm", "rope", "attention", "swiglu", "cross_entropy", "adamw")
 _HOPPER_LIBRARIES = {"flash4": "flash_attention", "quack": "gated"}
 
 
@@ -85,6 +90,9 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         used = tuple(key for key in used if key != "muon")
     variants = {key: OPS[key][plan[key]] for key in used}
     functions = [function for variant in variants.values() for function in variant.functions]
+    low = "fp8" if target.precision.dtype == "fp8" else "bf16"
+    if low == "fp8":
+        functions += [fp8.linear_fp8_forward, fp8.linear_fp8_backward]
     muon = target.recipe.optimizer == "muon"  # whose states are replicated: it needs whole matrices
     compiled = []
     if production:
@@ -110,6 +118,8 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         context=target.parallel.context,
         sharded=plan["optimizer_state"] == "sharded" and not muon,
         v={key: variant.name for key, variant in variants.items()},
+        low=low,
+        layer_linear="linear_fp8" if low == "fp8" else f"linear_{plan['linear']}",
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
         residual_scale="None" if model.residual_scale is None else "RESIDUAL_SCALE",
         **_layer_names(target, plan),
@@ -136,6 +146,8 @@ def _rendered(
 def require_schedule(target: Target, plan: Plan) -> None:
     """Raises UserError for ranks and kernels that the plan's schedule does not have, before anything is written."""
     require_ranks(target, plan)
+    if target.precision.dtype == "fp8":
+        require_fp8(target, plan)
     if plan["schedule"] == "hopper":
         require_hopper_kernels(target, plan)
 
@@ -185,12 +197,51 @@ def require_hopper_kernels(target: Target, plan: Plan) -> None:
             raise UserError("the hopper schedule has no kernel for it", key=key, value=given, remedy=remedy)
 
 
+def require_fp8(target: Target, plan: Plan) -> None:
+    """Raises UserError for a schedule, a library or sizes that have no fp8 products."""
+    if plan["schedule"] not in ("explicit", "hopper"):
+        raise UserError(
+            f"the {plan['schedule']} schedule has no fp8 products",
+            key="precision.dtype",
+            value="fp8",
+            remedy="set it to 'bf16', or choose the hopper schedule in the plan",
+        )
+    if plan["schedule"] == "explicit":
+        return
+    if plan["swiglu_library"] == "quack":
+        raise UserError(
+            "its product is one of bf16, the target's is fp8",
+            key="swiglu_library",
+            value="quack",
+            remedy='choose "triton" in the plan',
+        )
+    model, recipe, gates = target.model, target.recipe, target.gates
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    lengths = [stage.sequence_length for stage in stages_of(target)]
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.intermediate_size": model.intermediate_size,
+        "model.num_attention_heads * head_dim": model.num_attention_heads * model.head_dim,
+        "(model.num_attention_heads + 2 * num_key_value_heads) * head_dim": heads * model.head_dim,
+        "recipe.micro_batch_size * sequence_length": recipe.micro_batch_size * math.gcd(*lengths),
+        "gates.micro_batch_size * sequence_length": gates.micro_batch_size * gates.sequence_length,
+    }
+    for key, size in sizes.items():
+        if size % _FP8_SIZES:
+            remedy = "change it, or set precision.dtype to 'bf16'"
+            raise UserError(f"fp8 products need multiples of {_FP8_SIZES}", key=key, value=size, remedy=remedy)
+
+
 def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
     """The engine of the hopper schedule, of which ``require_schedule`` has asked nothing that its kernels lack."""
     model = target.model
-    sharded = plan["optimizer_state"] == "sharded"
+    sharded, fp8 = plan["optimizer_state"] == "sharded", target.precision.dtype == "fp8"
     chosen = {name: name in (plan["attention_library"], plan["swiglu_library"]) for name in _HOPPER_LIBRARIES}
-    modules = [*_HOPPER_MODULES, *(module for name, module in _HOPPER_LIBRARIES.items() if chosen[name])]
+    modules = [
+        *_HOPPER_MODULES,
+        *["fp8"] * fp8,
+        *(module for name, module in _HOPPER_LIBRARIES.items() if chosen[name]),
+    ]
     return _rendered(
         "hopper.py.j2",
         target,
@@ -199,6 +250,13 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         [(key, name) for key, name in plan.items() if not (chosen["quack"] and key == "rank_gate_up_forward")],
         sources="\n\n".join(map(_module_source, modules)),
         **chosen,
+        fp8=fp8,
+        dtype="fp8" if fp8 else "bf16",
+        linear="fp8" if fp8 else "linear",
+        matrix="self.matrix(" if fp8 else "w[",
+        close=")" if fp8 else "]",
+        operand="Fp8 | Tensor" if fp8 else "Tensor",
+        d_o="d_o" if fp8 else "dx",
         masked=target.data.documents != "ignore",
         first=", micro.first" if target.data.documents == "mask+reset" else "",
         sharded=sharded,

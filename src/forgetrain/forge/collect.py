@@ -86,6 +86,13 @@ def check_reference(target: Target) -> None:
             value=target.reference.name,
             remedy="align with what it wrote: forgetrain align TARGET --golden DIR (docs/capture.md)",
         )
+    if target.precision.dtype == "fp8":
+        raise UserError(
+            "no reference computes in fp8, so there are no bits to collect and align with",
+            key="precision.dtype",
+            value="fp8",
+            remedy="align the target in bf16; write an fp8 engine with forgetrain engine write, and judge it",
+        )
     if target.reference.name == "megatron":
         megatron.refuse_unsupported(target)
     check_device(target.hardware)

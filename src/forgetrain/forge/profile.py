@@ -164,7 +164,7 @@ def _rates(target: Target) -> tuple[float, float]:
     if target.hardware.device != "cpu":
         device = hardware_of(target.hardware)
         return device.peak(target.precision.dtype), device.bandwidth
-    dtype = torch.bfloat16 if target.precision.dtype == "bf16" else torch.float32
+    dtype = torch.bfloat16 if target.precision.kept == "bf16" else torch.float32
     with pinned(target.hardware):
         return measured_gemm_rate(dtype), _copy_rate()
 

@@ -135,12 +135,13 @@ def _near(trial: Trial, precision: str) -> Verdict:
     ranks, stream = _ranks_with_devices(judge), trial.stream(target, "G3")
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
 
-    def trained(module: str | Path, ranks: int) -> tuple[list[StepRecord], State]:
+    def trained(module: str | Path, ranks: int, precision: str) -> tuple[list[StepRecord], State]:
         with judge.trusted(module, target, ranks=ranks, precision=precision) as engine:
             return from_weights(engine, weights, stream, judge.effort.g3_steps), engine.state()
 
-    due = trained(judge.reference, ranks // target.parallel.sharing)
-    known_good = trained(judge.known_good, 1)
+    kept = target.precision.kept if precision == target.precision.dtype else precision
+    due = trained(judge.reference, ranks // target.parallel.sharing, kept)
+    known_good = trained(judge.peer, 1, precision)
     run = _run(trial, stream, weights, ranks=ranks, precision=precision)
     layout = layout_of(target, ranks)
     return g3_near(
@@ -149,8 +150,8 @@ def _near(trial: Trial, precision: str) -> Verdict:
         run.records[1:],
         run.resumed,
         layout=layout if precision == target.precision.dtype else f"{layout} in {precision}",
-        precision=precision,
-        tolerance=None if run.deterministic else SCALARS[precision]["loss"],
+        precision=kept,
+        tolerance=None if run.deterministic else SCALARS[kept]["loss"],
         sandboxed=trial.sandboxed,
     )
 
@@ -184,7 +185,7 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
         rates = [learning_rate(target.recipe, step) for step in range(steps)]
         due = [float(engine.step(loader.batch_at(step), rate).loss) for step, rate in enumerate(rates)]
         digest, deterministic = engine.weight_hash(), engine.deterministic
-    tolerance = None if deterministic else SCALARS[target.precision.dtype]["loss"]
+    tolerance = None if deterministic else SCALARS[target.precision.kept]["loss"]
     found: dict[str, TrainingRun] = {}
     last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
     # what the first run compiles serves the second and the resumed one, as it does on a user's machine

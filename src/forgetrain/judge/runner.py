@@ -32,6 +32,7 @@ from forgetrain.judge.hidden import Stream, derive, draw_seed
 from forgetrain.judge.sandbox import Sandbox, sandbox
 from forgetrain.judge.scratch import Scratch
 from forgetrain.numerics.device import check_device
+from forgetrain.spec.parallel import Parallel
 from forgetrain.spec.target import Target
 
 #: Numeric gates in the order of their cost, and the gates of an engine that claims the reference's very bits.
@@ -112,7 +113,14 @@ class Judge:
         self._scratch = Scratch("judge")
         self.scratch = self._scratch.path
         self.known_good = self.scratch / "known_good.py"
-        self.known_good.write_text(write_engine(target.on_whole_ranks(), Plan(KNOWN_GOOD)), encoding="utf-8")
+        self.known_good.write_text(write_engine(target.for_reference(), Plan(KNOWN_GOOD)), encoding="utf-8")
+        #: An engine known to be right in the target's own dtype, where the reference has none: fp8's errors are far
+        #: larger than the reference's, and differ from kind to kind of tensor.
+        self.peer = self.known_good
+        if target.precision.dtype == "fp8":
+            self.peer = self.scratch / "peer.py"
+            whole = target.model_copy(update={"parallel": Parallel()})
+            self.peer.write_text(write_engine(whole, Plan.textbook()), encoding="utf-8")
 
     def __enter__(self) -> Judge:
         return self
@@ -144,8 +152,8 @@ class Judge:
             bitwise: whether the candidate must equal the reference bit for bit.
 
         Raises:
-            UserError: no such file or gate, bits asked for of ranks that share layers or rows, or the reference itself
-                failed.
+            UserError: no such file or gate, bits asked for of fp8 or of ranks that share layers or rows, or the
+                reference itself failed.
         """
         began = time.monotonic()
         if bitwise and self.target.parallel.sharing > 1:
@@ -153,6 +161,13 @@ class Judge:
                 "no reference shares layers or rows over ranks, so there are no bits to equal",
                 key="parallel",
                 value=f"{self.target.parallel.tensor} tensor, {self.target.parallel.context} context",
+                remedy="judge without --bitwise",
+            )
+        if bitwise and self.target.precision.dtype == "fp8":
+            raise UserError(
+                "the reference has no fp8, so there are no bits to equal",
+                key="precision.dtype",
+                value="fp8",
                 remedy="judge without --bitwise",
             )
         known = BITWISE if bitwise else NUMERIC
@@ -195,8 +210,9 @@ class Judge:
         self, module: str | Path, target: Target, *, precision: str | None = None, ranks: int = 1
     ) -> Iterator[EngineProcess]:
         """``ranks`` data-parallel processes of the reference or of the known-good engine, whose failure is not the
-        candidate's."""
-        target = target.on_whole_ranks()
+        candidate's. ``precision``: what the reference has for the target's unless given."""
+        target = target.for_reference()
+        precision = precision or target.precision.dtype
         key = (str(module), target.recipe.model_dump_json(), precision, ranks)
         process = self._running.pop(key, None)
         if process is None:

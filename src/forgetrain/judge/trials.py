@@ -56,7 +56,7 @@ def _breaches(
     engine: EngineProcess, target: Target, stream: Stream, weights: dict[str, Tensor]
 ) -> Iterator[str | None]:
     """What is wrong with the engine, in the order in which it shows."""
-    batch, lr, precision = stream.at(0), stream.rate(0), engine.precision
+    batch, lr, precision = stream.at(0), stream.rate(0), target.precision.kept
 
     def scalars(exact: OracleStep, found: dict[str, Tensor], when: str) -> Iterator[str]:
         for name, value in found.items():
@@ -150,27 +150,29 @@ def updates(trial: Trial) -> Iterator[Verdict]:
 
 
 def errors(trial: Trial) -> Iterator[Verdict]:
-    """G4 in fp32, and in bf16 when that is the target's dtype. Half of the batches meet other weights, and one of those
-    was seen before: a gradient that was remembered by input is wrong then."""
+    """G4 in fp32, and in the target's dtype; in fp8, which no reference has, against an engine known to be right. Half
+    of the batches meet other weights, and one of those was seen before: a gradient that was remembered by input is
+    wrong then."""
     target = trial.judge.gates_target
     thresholds = {"fp32": target.gates.g4_fp32_ratio, "bf16": target.gates.g4_bf16_ratio}
     for precision in dict.fromkeys(("fp32", target.precision.dtype)):
-        stream = trial.stream(target, f"G4.{precision}")
+        stream, kept = trial.stream(target, f"G4.{precision}"), "fp32" if precision == "fp32" else "bf16"
         two = [hidden_weights(target.model, derive(trial.seed, "G4", precision, which)) for which in range(2)]
         count = trial.judge.effort.g4_batches
         numbers = [0 if i == count // 2 else i for i in range(count)]
         cases = [(two[2 * i // count], stream.at(n), stream.rate(i)) for i, n in enumerate(numbers)]
         with trial.process(target, precision=precision) as engine:
             mine = [clipped_gradients(engine, *case) for case in cases]
-        with trial.judge.trusted(trial.judge.reference, target, precision=precision) as reference:
+        measure = trial.judge.peer if precision == "fp8" else trial.judge.reference
+        with trial.judge.trusted(measure, target, precision=precision) as reference:
             theirs = [clipped_gradients(reference, *case) for case in cases]
         pools = ErrorPool(), ErrorPool()
         for case, *found in zip(cases, mine, theirs, strict=True):
-            exact = oracle_step(target, *case, precision=precision, device=trial.judge.device)
+            exact = oracle_step(target, *case, precision=kept, device=trial.judge.device)
             due = [(f"{name}#clipped", tensor) for name, tensor in exact.clipped.items()]
             for pool, values in zip(pools, found, strict=True):
                 pool.add_batch(due, values)
-        verdict = g4(*pools, ratio=thresholds[precision], sandboxed=trial.sandboxed)
+        verdict = g4(*pools, ratio=thresholds[kept], sandboxed=trial.sandboxed)
         yield _renamed(verdict, f"G4.{precision}")
         if not verdict.passed:
             return
@@ -204,13 +206,13 @@ def paired_training(trial: Trial) -> Iterator[Verdict]:
 
 def hidden_training(trial: Trial) -> Iterator[Verdict]:
     """A seed of the candidate's own, twice in different processes; known-good engines say how far rounding leads."""
-    references, known = _pool(trial, "reference"), _pool(trial, "known good")
+    references, known = _pool(trial, "reference"), _pool(trial, "peer")
     target, seed = trial.judge.gates_target, derive(trial.seed, "G6")
     budgets = [
         weight_distance(good.weights, due.weights, _start(target, pooled))
         for good, due, pooled in zip(known, references, trial.judge.pool, strict=True)
     ]
-    budget = _DISTANCE_FACTOR * max(*budgets, _FLOOR[target.precision.dtype])
+    budget = _DISTANCE_FACTOR * max(*budgets, _FLOOR[target.precision.kept])
     runs, band = [], None
     for _ in range(2):
         with trial.process(target) as engine:
@@ -302,13 +304,13 @@ def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
     judge = trial.judge
     with judge.trusted(judge.reference, judge.plain_race_target) as reference:
         due = again(reference)
-    with judge.trusted(judge.known_good, judge.plain_race_target) as known_good:
+    with judge.trusted(judge.peer, judge.plain_race_target, precision=judge.target.precision.dtype) as known_good:
         good = again(known_good)
     recipe, steps = judge.target.recipe, block.last - block.first
     return replay(
         replay_distance(block.before, (block.losses, block.after), due, recipe, steps),
         replay_distance(block.before, good, due, recipe, steps),
-        precision=judge.target.precision.dtype,
+        precision=judge.target.precision.kept,
         steps=(block.first, block.last),
         sandboxed=trial.sandboxed,
     )
@@ -317,9 +319,12 @@ def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
 def _pool(trial: Trial, kind: str) -> list[Training]:
     """Training runs with the judge's own seeds, made once for all candidates."""
     judge = trial.judge
+    modules = {"reference": judge.reference, "known good": judge.known_good, "peer": judge.peer}
+    if kind == "peer" and judge.peer == judge.known_good:
+        kind = "known good"
     if kind not in judge.kept:
-        module = judge.reference if kind == "reference" else judge.known_good
-        with judge.trusted(module, judge.gates_target) as engine:
+        precision = judge.target.precision.dtype if kind == "peer" else None
+        with judge.trusted(modules[kind], judge.gates_target, precision=precision) as engine:
             judge.kept[kind] = [_train(trial, engine, seed) for seed in judge.pool]
     return judge.kept[kind]
 

@@ -118,7 +118,8 @@ def model_config(target: Target, tokenizer: TokenizerFolder, dtype: str) -> dict
 def export_hf(source: Path, out: Path | None = None, *, dtype: str | None = None) -> Exported:
     """Writes a checkpoint (or the newest good one of a run's folder) as a Hugging Face folder; whole or not at all.
 
-    out: by default ``export/hf`` in the run's folder. dtype: ``fp32`` or ``bf16``; by default the target's precision.
+    out: by default ``export/hf`` in the run's folder. dtype: ``fp32`` or ``bf16``; by default what the target keeps
+    weights in.
 
     Raises:
         UserError: no good checkpoint, a model that no transformers family computes, or a full disk.
@@ -126,7 +127,7 @@ def export_hf(source: Path, out: Path | None = None, *, dtype: str | None = None
     found = checkpoint.resolve(source, warn=lambda line: None)
     target = parse_target(found.manifest["target"], file=found.path / checkpoint.MANIFEST)
     tokenizer = open_tokenizer(found.path / checkpoint.TOKENIZER, target.model)
-    dtype = dtype or target.precision.dtype
+    dtype = dtype or target.precision.kept
     config = model_config(target, tokenizer, dtype)
     out = out or found.path.parent.parent / "export" / "hf"
     if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):

@@ -85,7 +85,7 @@ def _engine(target: Target, path: Path | None) -> tuple[str, Any]:
             return str(path), engine
     with tempfile.TemporaryDirectory(prefix="forgetrain-") as temporary:
         written = Path(temporary) / "engine.py"
-        written.write_text(write_engine(target, Plan.textbook()), encoding="utf-8")
+        written.write_text(write_engine(target.for_reference(), Plan.textbook()), encoding="utf-8")
         return "textbook", load_engine(written).build(plain, device="cpu", precision="fp32", mesh=None)
 
 

@@ -7,7 +7,8 @@
 
 Conventions. A product of a token with a weight matrix of n elements is 2n FLOPs forward and 4n backward. Attention over
 S positions is 4·S·(heads·head_dim) FLOPs a token and layer forward, twice that backward; *full* counts all of it, as
-torchtitan does, *causal* the half that a causal mask leaves, as Megatron-LM does. Norms, activations, RoPE and the
+torchtitan does, *causal* the half that a causal mask leaves, as Megatron-LM does. Under fp8 the products of the layers
+run at the peak of fp8, the head and attention at that of bf16. Norms, activations, RoPE and the
 optimizer count as bytes, not as FLOPs. The recomputation inside attention's backward counts as nothing.
 """
 
@@ -73,11 +74,11 @@ class Memory:
     """Bytes on each rank while one micro-batch is in flight, without recomputation. Shared over ranks: the division of
     gradients, optimizer states and, for FSDP, weights that ``estimate_target`` was asked for."""
 
-    weights: int  # what products read: in the target's dtype
+    weights: int  # what products read: in the target's dtype; under fp8 besides twice a byte of the layers' matrices
     gradients: int  # fp32 accumulators
     optimizer: int  # two fp32 moments (one of what Muon steps), and under bf16 the fp32 masters
     activations: int  # what backward needs of one micro-batch, each tensor once
-    logits: int  # of one micro-batch, in the target's dtype
+    logits: int  # of one micro-batch, in what activations are kept in
 
     @property
     def total(self) -> int:
@@ -88,8 +89,8 @@ class Memory:
 class Roofline:
     """Seconds of one step on the hardware named, all its devices working perfectly."""
 
-    products: float  # matrix products at the peak of their dtype
-    attention: float  # causal attention at the same peak
+    products: float  # matrix products at the peak of their operands' dtype
+    attention: float  # causal attention at the peak of what activations are kept in
     traffic: float  # everything else at the memory's bandwidth
 
     @property
@@ -149,6 +150,7 @@ def mfu(tokens_per_second: float, model: Model, sequence_length: int, *, peak: f
 
 
 def traffic(model: Model, dtype: Dtype) -> Traffic:
+    """Under fp8 it is that of bf16: an operand's two layouts are two bytes, too, and more than that is no floor."""
     size = _size(dtype)
     h, f = model.hidden_size, model.intermediate_size
     q, kv = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -159,7 +161,7 @@ def traffic(model: Model, dtype: Dtype) -> Traffic:
     if model.qk_norm:  # one pass with RoPE forward; backward reads q and k once more
         layer_backward += q + kv
     layers = model.num_hidden_layers
-    states = 4 * 4 + 3 * 4 + (2 if dtype == "bf16" else 0)  # master, moments, gradient read; three written, and bf16
+    states = 4 * 4 + 3 * 4 + (0 if dtype == "fp32" else 2)  # master, moments, gradient read; three written, and bf16
     return Traffic(
         forward=layers * layer_forward * size,
         backward=layers * layer_backward * size,
@@ -205,10 +207,11 @@ def memory(target: Target, *, shard: bool = False, shard_optimizer: bool = False
     data = max(1, target.hardware.count // tensor)
     ranks, keepers = data if shard else 1, data if shard or shard_optimizer else 1
     tokens, absent = micro_batch_tokens(target), parameters(model).total - _second_moments(target)
+    rounded = 2 * _in_layers(model) if dtype == "fp8" else 0
     return Memory(
-        weights=-(-count * size // ranks),
+        weights=-(-count * size // ranks) + rounded,
         gradients=-(-count * 4 // ranks),
-        optimizer=-(-(count * (12 if dtype == "bf16" else 8) - 4 * absent) // keepers),
+        optimizer=-(-(count * (8 if dtype == "fp32" else 12) - 4 * absent) // keepers),
         activations=tokens * activation_elements(model, tensor) * size,
         logits=tokens * model.vocab_size // tensor * size,
     )
@@ -234,11 +237,12 @@ def roofline(target: Target) -> Roofline:
     device, count = hardware_of(target.hardware), units(target.hardware)
     tokens = recipe.batch_size * recipe.sequence_length
     flops, moved = flops_per_token(model, recipe.sequence_length), _traffic_of(target)
-    peak = device.peak(dtype) * count
+    kept = device.peak(target.precision.kept) * count
+    head = 6 * model.vocab_size * model.hidden_size
     moving = tokens * (moved.forward + moved.backward + moved.cross_entropy) + moved.optimizer * target.hardware.count
     return Roofline(
-        products=tokens * flops.matmul / peak,
-        attention=tokens * flops.attention_causal / peak,
+        products=tokens * ((flops.matmul - head) / (device.peak(dtype) * count) + head / kept),
+        attention=tokens * flops.attention_causal / kept,
         traffic=moving / (device.bandwidth * count),
     )
 
@@ -257,5 +261,11 @@ def estimate_target(target: Target, *, shard: bool = False, shard_optimizer: boo
     )
 
 
+def _in_layers(model: Model) -> int:
+    """Elements of the layers' matrices."""
+    return parameters(model).in_products - model.vocab_size * model.hidden_size
+
+
 def _size(dtype: Dtype) -> int:
-    return 2 if dtype == "bf16" else 4
+    """Bytes of a weight or an activation as it is kept."""
+    return 4 if dtype == "fp32" else 2

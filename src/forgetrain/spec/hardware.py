@@ -15,12 +15,13 @@ from typing import Literal
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Hardware
 
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU, or one thread of a CPU. ``bf16`` and ``fp32`` in TFLOP/s, ``memory_gib`` in GiB (None: the machine's),
+    """One GPU, or one thread of a CPU. ``bf16``, ``fp32`` and ``fp8`` (None: it has none) in TFLOP/s, ``memory_gib`` in
+    GiB (None: the machine's),
     ``terabytes`` of memory traffic in TB/s. ``cuda_names`` are how the CUDA driver's name of such a device begins.
     ``is_bound`` says that no honest run is faster; a CPU's figures are those of one machine, so they bound nothing."""
 
@@ -31,10 +32,15 @@ class Device:
     source: str
     cuda_names: tuple[str, ...] = ()
     is_bound: bool = True
+    fp8: float | None = None
 
     def peak(self, dtype: Dtype) -> float:
-        """FLOP/s of dense products in ``dtype``."""
-        return (self.bf16 if dtype == "bf16" else self.fp32) * 1e12
+        """FLOP/s of dense products of operands in ``dtype``. Raises UserError for fp8 where there is none."""
+        rate = getattr(self, dtype)
+        if rate is None:
+            remedy = "set it to 'bf16', or hardware.name to a GPU that has"
+            raise UserError("this hardware has no fp8 products", key="precision.dtype", value=dtype, remedy=remedy)
+        return rate * 1e12
 
     @property
     def bandwidth(self) -> float:
@@ -65,6 +71,7 @@ HARDWARE: dict[str, Device] = {
         memory_gib=79.0,
         terabytes=3.35,
         source="NVIDIA H100 datasheet, 80 GB SXM",
+        fp8=1978.9,
         cuda_names=("NVIDIA H100 80GB",),
     ),
     "h200": Device(
@@ -73,6 +80,7 @@ HARDWARE: dict[str, Device] = {
         memory_gib=139.0,
         terabytes=4.3,
         source="NVIDIA H200 datasheet, 141 GB SXM; bandwidth measured with copies (datasheet: 4.8 TB/s)",
+        fp8=1978.9,
         cuda_names=("NVIDIA H200",),
     ),
     "b200": Device(
@@ -81,6 +89,7 @@ HARDWARE: dict[str, Device] = {
         memory_gib=178.0,
         terabytes=8.0,
         source="NVIDIA DGX B200 datasheet, one GPU of eight, 180 GB",
+        fp8=4500.0,
         cuda_names=("NVIDIA B200",),
     ),
     "rtx4090": Device(
@@ -89,6 +98,7 @@ HARDWARE: dict[str, Device] = {
         memory_gib=23.5,
         terabytes=1.008,
         source="NVIDIA Ada GPU architecture paper, GeForce RTX 4090",
+        fp8=330.3,
         cuda_names=("NVIDIA GeForce RTX 4090",),
     ),
 }

@@ -42,7 +42,7 @@ class OpCost:
 def op_costs(target: Target) -> dict[str, OpCost]:
     """By op, of one step at the recipe's shape; ranks share the rows, and each makes the whole update."""
     model, recipe = target.model, target.recipe
-    size = 2 if target.precision.dtype == "bf16" else 4
+    size = 4 if target.precision.kept == "fp32" else 2
     tokens = recipe.batch_size * recipe.sequence_length / target.hardware.count
     count = parameters(model).total
     flops = flops_per_token(model, recipe.sequence_length)

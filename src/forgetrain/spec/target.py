@@ -62,10 +62,16 @@ class Recipe(Section):
 
 
 class Precision(Section):
-    """``fp32``, or ``bf16``: Megatron's policy (bf16 weights and activations, fp32 master weights that start from
-    the rounded bf16 weights, gradients accumulated in fp32)."""
+    """``fp32``; ``bf16``: Megatron's policy (bf16 weights and activations, fp32 master weights that start from the
+    rounded bf16 weights, gradients accumulated in fp32); or ``fp8``: the same, but that the products of the layers take
+    operands rounded to fp8, each scaled by its own largest magnitude."""
 
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+
+    @property
+    def kept(self) -> Literal["fp32", "bf16"]:
+        """What weights and activations are kept in; and how references, which have no fp8, compute for this target."""
+        return "fp32" if self.dtype == "fp32" else "bf16"
 
 
 class Hardware(Section):
@@ -370,9 +376,10 @@ class Target(Section):
         """This target with one stage, at the recipe's shape: what engines are judged at."""
         return self.model_copy(update={"data": self.data.model_copy(update={"stages": []})})
 
-    def on_whole_ranks(self) -> Target:
-        """This target for ranks that share neither layers nor rows, as those of references do not."""
-        return self.model_copy(update={"parallel": Parallel(), "gates": self.gates.model_copy(update={"ranks": 0})})
+    def for_reference(self) -> Target:
+        """This target as references can run it: without fp8, on ranks that share neither layers nor rows."""
+        gates, precision = self.gates.model_copy(update={"ranks": 0}), Precision(dtype=self.precision.kept)
+        return self.model_copy(update={"parallel": Parallel(), "gates": gates, "precision": precision})
 
     def at_gates_shape(self) -> Target:
         """This target, without stages, at the ``[gates]`` batch, micro-batch and sequence length."""

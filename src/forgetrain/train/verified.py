@@ -60,11 +60,19 @@ class ChosenEngine:
                     key=f"parallel.{key}",
                     remedy="write the engine of this target with forgetrain engine write, or change the target's value",
                 )
+        computes, precision = getattr(module, "PRECISIONS", ("fp32", "bf16")), target.precision.dtype
+        if precision not in computes:
+            raise UserError(
+                f"computes in {' and '.join(computes)}, the target in {precision}",
+                file=self.name,
+                key="precision.dtype",
+                remedy="write the engine of this target with forgetrain engine write, or change the target's value",
+            )
         deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
         if deterministic:
             make_deterministic(target.hardware.threads, target.hardware.device)
         try:
-            engine = module.build(target.plain(), device=device, precision=target.precision.dtype, mesh=mesh)
+            engine = module.build(target.plain(), device=device, precision=precision, mesh=mesh)
         except ValueError as error:
             raise UserError(f"refuses the target: {error}", file=self.name, remedy="align this target") from error
         return engine, deterministic

@@ -2,7 +2,8 @@
 
 qkv is [T, (H + 2G) * K] as RoPE leaves it; queries, keys and values are views of it, and no head is copied. The
 context is [T, H * K]. cuDNN takes bf16, accumulates in fp32 and keeps the rows' log-sum-exp for backward. In fp32,
-which cuDNN does not have, the formula softmax(q kᵀ / sqrt(K)) v is written out instead, in fp32.
+which cuDNN does not have, and on a CPU, the formula softmax(q kᵀ / sqrt(K)) v is written out instead, in fp32, and
+rounded once.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ def cudnn_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tenso
 
 def exact_attention_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> tuple[Tensor, tuple]:
     """``first``, int32 [N * S]: where in its row the document begins beyond which a token does not look back."""
+    dtype, (q, k, v) = q.dtype, (x.float() for x in (q, k, v))
     copies, length = q.shape[1] // k.shape[1], q.shape[2]
     hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
     if first is not None:
         hidden = hidden | (torch.arange(length, device=q.device) < first.view(-1, 1, length, 1))
     scores = (q @ k.repeat_interleave(copies, 1).mT) * q.shape[-1] ** -0.5
     p = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
-    out = p @ v.repeat_interleave(copies, 1)
+    out = (p @ v.repeat_interleave(copies, 1)).to(dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2), (q, k, v, p)
 
 
 def exact_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, p = saved
+    (q, k, v, p), dtype, d_out = saved, d_out.dtype, d_out.float()
     copies = q.shape[1] // k.shape[1]
     d_v = p.mT @ d_out
     d_p = d_out @ v.repeat_interleave(copies, 1).mT
@@ -54,4 +56,4 @@ def exact_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tenso
     d_q = d_scores @ k.repeat_interleave(copies, 1)
     d_k = d_scores.mT @ q
     groups = (q.shape[0], k.shape[1], copies, *q.shape[2:])
-    return d_q, d_k.reshape(groups).sum(2), d_v.reshape(groups).sum(2)
+    return d_q.to(dtype), d_k.reshape(groups).sum(2).to(dtype), d_v.reshape(groups).sum(2).to(dtype)

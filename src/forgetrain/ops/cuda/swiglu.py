@@ -3,7 +3,8 @@
     act = silu(gate) * up            d_up = d_act * silu(gate)
     d_gate = d_act * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
 
-Arithmetic is fp32 and rounds once. Backward writes the gradient of gate_up over gate_up.
+Arithmetic is fp32 and rounds once. Backward writes the gradient of gate_up over gate_up. Where ``largest`` is given,
+int32 [SLOTS], the largest magnitude of what is written is noted there.
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
@@ -17,21 +18,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from forgetrain.ops.cuda.largest import note_largest
+
 
 @triton.jit
 def swiglu_kernel(
-    gate_up_ptr, act_ptr, rows, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALTERNATING: tl.constexpr
+    gate_up_ptr, act_ptr, largest_ptr, rows,
+    F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALTERNATING: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
     inside = (row < rows) & (col < F)
     gate, up = load_gates_and_ups(gate_up_ptr + row * (2 * F), inside, row < rows, F, ROWS, COLS, ALTERNATING)
-    tl.store(act_ptr + row * F + col, gate * tl.sigmoid(gate) * up, mask=inside)
+    act = (gate * tl.sigmoid(gate) * up).to(act_ptr.dtype.element_ty)
+    tl.store(act_ptr + row * F + col, act, mask=inside)
+    if PLACES:
+        note_largest(largest_ptr, act, PLACES)
 
 
 @triton.jit
 def swiglu_backward_kernel(
-    gate_up_ptr, d_act_ptr, rows, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALTERNATING: tl.constexpr
+    gate_up_ptr, d_act_ptr, largest_ptr, rows,
+    F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALTERNATING: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
@@ -48,6 +56,9 @@ def swiglu_backward_kernel(
     else:
         tl.store(begin + col, d_gate, mask=inside)
         tl.store(begin + col + F, d_up, mask=inside)
+    if PLACES:
+        note_largest(largest_ptr, d_gate.to(gate_up_ptr.dtype.element_ty), PLACES)
+        note_largest(largest_ptr, d_up.to(gate_up_ptr.dtype.element_ty), PLACES)
 
 
 @triton.jit
@@ -67,19 +78,25 @@ def load_gates_and_ups(
     return gate.to(tl.float32), up.to(tl.float32)
 
 
-def swiglu_forward(gate_up: Tensor, alternating: bool = False) -> Tensor:
+def swiglu_forward(gate_up: Tensor, alternating: bool = False, largest: Tensor | None = None) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     act = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, 1024))
-    swiglu_kernel[grid](gate_up, act, rows, F=width, ROWS=1, COLS=1024, ALTERNATING=alternating, num_warps=4)
+    swiglu_kernel[grid](
+        gate_up, act, largest, rows, F=width, ROWS=1, COLS=1024, ALTERNATING=alternating,
+        PLACES=0 if largest is None else largest.numel(), num_warps=4,
+    )  # fmt: skip
     return act
 
 
-def swiglu_backward_(gate_up: Tensor, d_act: Tensor, alternating: bool = False) -> Tensor:
+def swiglu_backward_(
+    gate_up: Tensor, d_act: Tensor, alternating: bool = False, largest: Tensor | None = None
+) -> Tensor:
     """Overwrites gate_up [T, 2F] with its gradient, and returns it."""
     rows, width = d_act.shape
     grid = (rows, triton.cdiv(width, 1024))
     swiglu_backward_kernel[grid](
-        gate_up, d_act, rows, F=width, ROWS=1, COLS=1024, ALTERNATING=alternating, num_warps=4
+        gate_up, d_act, largest, rows, F=width, ROWS=1, COLS=1024, ALTERNATING=alternating,
+        PLACES=0 if largest is None else largest.numel(), num_warps=4,
     )  # fmt: skip
     return gate_up

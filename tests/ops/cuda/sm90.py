@@ -1,0 +1,49 @@
+"""Compiles the kernels that fp8 engines add or change for sm_90, without a GPU: python sm90.py → one line a kernel.
+
+A process of its own, since a process whose kernels run under the interpreter cannot compile them.
+"""
+
+import json
+import re
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from forgetrain.ops.cuda import fp8, rmsnorm, swiglu
+from forgetrain.ops.cuda.largest import SLOTS
+
+POINTERS = {"largest_ptr": "*i32", "unit_ptr": "*fp32", "rstd_ptr": "*fp32", "partial_ptr": "*fp32"}
+FLOATS = ("branch_scale", "out_scale", "eps")
+NORM = {"D": 1536, "BLOCK": 2048, "ROWS": 2, "PLACES": SLOTS}
+SWIGLU = {"F": 4608, "ROWS": 1, "COLS": 1024, "ALTERNATING": False, "PLACES": SLOTS}
+QUANTISE = {"PLACES": SLOTS, "ROWS": 128, "COLS": 128}
+CASES = [
+    (fp8.largest_kernel, {"PLACES": SLOTS, "BLOCK": 8192}, {}, 8),
+    (fp8.quantise_kernel, {**QUANTISE, "TOP": 8}, {"rows_ptr": "*fp8e4nv", "turned_ptr": "*fp8e4nv"}, 8),
+    (fp8.quantise_kernel, {**QUANTISE, "TOP": 15}, {"rows_ptr": "*fp8e5", "turned_ptr": "*fp8e5"}, 8),
+    (rmsnorm.add_norm_kernel, {**NORM, "HAS_BRANCH": True}, {}, 4),
+    (rmsnorm.norm_backward_kernel, {**NORM, "HAS_RESIDUAL": True}, {}, 2),
+    (swiglu.swiglu_kernel, SWIGLU, {}, 4),
+    (swiglu.swiglu_backward_kernel, SWIGLU, {}, 4),
+]
+
+
+def main() -> None:
+    for kernel, constants, pointers, warps in CASES:
+        signature, aligned = {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            kind = "constexpr" if name in constants else {**POINTERS, **pointers}.get(name)
+            signature[name] = kind or ("*bf16" if name.endswith("_ptr") else "fp32" if name in FLOATS else "i32")
+            if name not in constants and name not in FLOATS:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+        found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        ptx = found.asm["ptx"]
+        instructions = sorted(set(re.findall(r"cvt\.rn\.satfinite\.\S+|(?:ld|st)\.global\S+|\batom\.\S+", ptx)))
+        facts = {"kernel": kernel.__name__, "cubin": len(found.asm["cubin"]), "shared": found.metadata.shared}
+        print(json.dumps({**facts, "instructions": instructions}))
+
+
+if __name__ == "__main__":
+    main()
