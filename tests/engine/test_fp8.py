@@ -24,6 +24,7 @@ from tests.interpreter import round_to_nearest
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAN = Plan({"schedule": "hopper"})
 SMALL = {"batch_size": 2, "micro_batch_size": 1, "sequence_length": 16}
+SMALLEST = {**SMALL, "batch_size": 1}  # for the interpreter, which is slow
 ON_CPU = pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter, and of formulas on a CPU")
 round_to_nearest()
 
@@ -72,22 +73,21 @@ def pool(engine, target, device=DEVICE):
 
 @ON_CPU
 def test_the_exact_mode_is_that_of_the_bf16_engine_bit_for_bit(tmp_path):
-    one_layer = {"num_hidden_layers": 1}
+    target = fp8_target(recipe=SMALLEST, model={"num_hidden_layers": 1})
     engines = [
-        built(tiny_target(recipe=SMALL, model=one_layer), tmp_path / "bf16.py", precision="fp32"),
-        built(fp8_target(model=one_layer), tmp_path / "fp8.py", precision="fp32"),
+        built(target.for_reference(), tmp_path / "bf16.py", precision="fp32"),
+        built(target, tmp_path / "fp8.py", precision="fp32"),
     ]
-    results = [trained(engine, fp8_target(), 2) for engine in engines]
+    results = [trained(engine, target, 2) for engine in engines]
     assert results[0] == results[1]
     states = [engine.state() for engine in engines]
     assert all(torch.equal(shard.tensor, states[1][name].tensor) for name, shard in states[0].items())
 
 
 @ON_CPU
-@pytest.mark.parametrize("architecture", ["minicpm5", "minicpm4"])
-def test_kernels_and_formulas_train_the_same_engine(architecture, tmp_path):
+def test_kernels_and_formulas_train_the_same_engine(tmp_path):
     """Under the interpreter, and with each kernel's formula in torch in its place: sums are ordered otherwise."""
-    target = fp8_target(architecture)
+    target = fp8_target("minicpm4", recipe=SMALLEST)
     kernels, formulas = built(target, tmp_path / "a.py"), built(target, tmp_path / "b.py", change=in_torch)
     for found, wanted in zip(trained(kernels, target, 2), trained(formulas, target, 2), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
