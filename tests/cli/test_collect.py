@@ -88,6 +88,13 @@ def test_a_missing_file_and_a_bad_override(tmp_path):
     assert "(got 'none')" in done.stderr
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_reference_runs(tmp_path):
+    done = run(tmp_path, write(tmp_path), "--runs", "tiny.toml")  # a file
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("not a directory. Name another place: a part of this path is a file")
+    assert "first run" not in done.stderr
+
+
 @pytest.mark.slow
 def test_an_interruption_leaves_nothing(tmp_path):
     path = write(tmp_path)

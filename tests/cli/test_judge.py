@@ -70,10 +70,23 @@ def test_other_gates_verdicts_on_the_same_engine_stay(place, outcome):
 
 
 def test_another_engine_s_record_is_left_alone(place, outcome):
-    Path("verdicts.json").write_text('{"sha256": "x", "verdicts": []}')
+    Path("other.py").write_text("# another engine")
+    record = {"sha256": sha256_file(Path("other.py")), "verdicts": []}
+    Path("verdicts.json").write_text(json.dumps(record))
     result = run()
-    assert "is of another engine" in result.stderr
-    assert json.loads(Path("verdicts.json").read_text())["sha256"] == "x"
+    assert "verdicts.json is of other.py; judge engine.py in a folder of its own to use it" in result.stderr
+    assert json.loads(Path("verdicts.json").read_text()) == record
+
+
+def test_an_engine_that_was_mended_is_recorded_over_what_it_was(place, outcome):
+    outcome["verdicts"] = [Verdict("contract", False), Verdict("G1", False)]
+    assert run().exit_code == 1
+    Path("engine.py").write_text("# an engine, mended")
+    outcome["verdicts"] = [Verdict("contract", True)]
+    assert run().exit_code == 0
+    record = json.loads(Path("verdicts.json").read_text())
+    assert record["sha256"] == sha256_file(Path("engine.py"))
+    assert [(v["gate"], v["pass"]) for v in record["verdicts"]] == [("contract", True)]
 
 
 def test_a_failure_says_where_and_exits_with_1(place, outcome):

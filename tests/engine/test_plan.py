@@ -33,7 +33,7 @@ def test_choices_leave_out_ops_that_the_model_lacks():
 )
 def test_a_bad_plan_is_refused(text, problem, tmp_path):
     (tmp_path / "plan.toml").write_text(text)
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(UserError, match=rf"plan\.toml: .*{problem}"):
         Plan.read(tmp_path / "plan.toml")
 
 

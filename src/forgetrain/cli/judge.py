@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target
-from forgetrain.durable import read_json, write_json
+from forgetrain.durable import read_json, sha256_file, write_json
 from forgetrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,15 +106,22 @@ def as_plain(judgement: Judgement) -> dict[str, Any]:
 
 def record(file: Path, judgement: Judgement) -> Path | None:
     """Leaves the verdicts beside the file, where training looks for them. Other gates' verdicts on the same content
-    stay; a record of another engine is left alone."""
+    stay; a record of another engine that is still in the folder is left alone."""
     path = file.parent / RECORD
     verdicts = {verdict.gate: verdict.as_dict() for verdict in judgement.verdicts}
     if path.is_file():
         before = read_json(path, "move it away")
-        if before.get("sha256") != judgement.candidate:
-            console.print(f"not recorded: {path} is of another engine", markup=False, highlight=False, soft_wrap=True)
+        owner = before.get("sha256")
+        theirs = [other for other in file.parent.glob("*.py") if other != file and sha256_file(other) == owner]
+        if owner != judgement.candidate and theirs:
+            console.print(
+                f"not recorded: {path} is of {theirs[0].name}; judge {file.name} in a folder of its own to use it",
+                highlight=False,
+                soft_wrap=True,
+            )
             return None
-        verdicts = {verdict["gate"]: verdict for verdict in before.get("verdicts", [])} | verdicts
+        if owner == judgement.candidate:
+            verdicts = {verdict["gate"]: verdict for verdict in before.get("verdicts", [])} | verdicts
     write_json(path, {"sha256": judgement.candidate, "verdicts": list(verdicts.values())})
     return path
 

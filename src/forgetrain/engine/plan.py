@@ -146,7 +146,11 @@ class Plan:
             raise UserError("no such plan", file=path, remedy="forgetrain align writes one") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"not valid TOML: {error}", file=path, remedy="fix the syntax at that place") from None
-        return cls({str(key): str(value) for key, value in tree.items()})
+        try:
+            return cls({str(key): str(value) for key, value in tree.items()})
+        except UserError as error:
+            error.file = path
+            raise
 
     def __getitem__(self, key: str) -> str:
         return self._choices[key]

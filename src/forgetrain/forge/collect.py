@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgetrain.durable import require_writable
 from forgetrain.engine.contract import Batch, weight_hash
 from forgetrain.engine.process import EngineProcess
 from forgetrain.errors import UserError
@@ -123,6 +124,7 @@ def collect(target: Target, folder: Path, report: Report | None = None) -> Golde
         EngineFailure: the reference's process broke.
     """
     check_reference(target)
+    require_writable(folder.parent)
     tell = report or (lambda stage, share: None)
     gates = target.at_gates_shape()
     seed, name = target.recipe.seed, target.reference.name

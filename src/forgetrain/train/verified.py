@@ -140,6 +140,8 @@ def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: 
     reason = f"failed {', '.join(failed)}" if failed else "has no verdict for this content"
     if not unverified:
         raise UserError(
-            f"the engine {reason}", file=path, remedy="run forgetrain align TARGET on it, or add --unverified"
+            f"the engine {reason}",
+            file=path,
+            remedy=f"have it judged with forgetrain judge {path} --target TARGET, or add --unverified",
         )
     return ChosenEngine(str(path), sha256_file(path), f"unverified: {reason}", False)
