@@ -1,5 +1,6 @@
 """Agents are real processes here: small shell lines that do what agents were seen to do."""
 
+import os
 import subprocess
 import sys
 import time
@@ -56,7 +57,7 @@ def test_no_usable_change_is_a_failed_attempt(tmp_path, body, reason):
     [({"wall": 1.0, "silence": 60.0}, "stopped after 1 s"), ({"wall": 60.0, "silence": 1.0}, "1 s of silence")],
 )
 def test_watchdogs_end_the_agent_and_what_it_started(tmp_path, limits, reason):
-    mark = "97.86534"
+    mark = f"97.{os.getpid()}"  # no other run of these tests has it
     body = f"import subprocess; subprocess.Popen(['sleep', '{mark}']); subprocess.run(['sleep', '{mark}'])"
     started = time.monotonic()
     outcome = agent(tmp_path, body, **limits).propose(brief())
