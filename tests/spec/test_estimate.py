@@ -135,7 +135,10 @@ def test_under_fp8_the_layers_products_have_a_peak_of_their_own():
     assert roof.products == pytest.approx(tokens * (layers / 1978.9e12 + head / 989.4e12))
     in_bf16 = roofline(target.for_reference())
     assert (roof.attention, roof.traffic) == (in_bf16.attention, in_bf16.traffic)
-    assert memory(target).weights - memory(target.for_reference()).weights == 2 * (679_552_512 - 49 * 1536)
+    mine, plain = memory(target), memory(target.for_reference())
+    assert mine.weights - plain.weights == 2 * (679_552_512 - 49 * 1536)
+    # bytes of normed1, normed2 and SwiGLU's output that fp8 saves, less those of attention's output, kept twice
+    assert plain.activations - mine.activations == 8 * 4096 * 24 * (1536 + 1536 + 4608 - 2048)
     with pytest.raises(UserError, match="no fp8") as refused:
         roofline(load_target(TARGETS / "minicpm5-1b-h200-fp8.toml", ["hardware.name=a100"]))
     assert refused.value.key == "precision.dtype"

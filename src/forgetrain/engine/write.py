@@ -235,11 +235,11 @@ def require_fp8(target: Target, plan: Plan) -> None:
 def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
     """The engine of the hopper schedule, of which ``require_schedule`` has asked nothing that its kernels lack."""
     model = target.model
-    sharded, fp8 = plan["optimizer_state"] == "sharded", target.precision.dtype == "fp8"
+    sharded, eight = plan["optimizer_state"] == "sharded", target.precision.dtype == "fp8"
     chosen = {name: name in (plan["attention_library"], plan["swiglu_library"]) for name in _HOPPER_LIBRARIES}
     modules = [
         *_HOPPER_MODULES,
-        *["fp8"] * fp8,
+        *["fp8"] * eight,
         *(module for name, module in _HOPPER_LIBRARIES.items() if chosen[name]),
     ]
     return _rendered(
@@ -250,13 +250,13 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         [(key, name) for key, name in plan.items() if not (chosen["quack"] and key == "rank_gate_up_forward")],
         sources="\n\n".join(map(_module_source, modules)),
         **chosen,
-        fp8=fp8,
-        dtype="fp8" if fp8 else "bf16",
-        linear="fp8" if fp8 else "linear",
-        matrix="self.matrix(" if fp8 else "w[",
-        close=")" if fp8 else "]",
-        operand="Fp8 | Tensor" if fp8 else "Tensor",
-        d_o="d_o" if fp8 else "dx",
+        fp8=eight,
+        dtype="fp8" if eight else "bf16",
+        linear="fp8" if eight else "linear",
+        matrix="self.matrix(" if eight else "w[",
+        close=")" if eight else "]",
+        operand="Fp8 | Tensor" if eight else "Tensor",
+        d_o="d_o" if eight else "dx",
         masked=target.data.documents != "ignore",
         first=", micro.first" if target.data.documents == "mask+reset" else "",
         sharded=sharded,

@@ -208,11 +208,14 @@ def memory(target: Target, *, shard: bool = False, shard_optimizer: bool = False
     ranks, keepers = data if shard else 1, data if shard or shard_optimizer else 1
     tokens, absent = micro_batch_tokens(target), parameters(model).total - _second_moments(target)
     rounded = 2 * _in_layers(model) if dtype == "fp8" else 0
+    # what weight gradients read takes a byte less; attention's output is kept as it is, too
+    q = model.num_attention_heads * model.head_dim
+    less = model.num_hidden_layers * (2 * model.hidden_size + model.intermediate_size - q) if dtype == "fp8" else 0
     return Memory(
         weights=-(-count * size // ranks) + rounded,
         gradients=-(-count * 4 // ranks),
         optimizer=-(-(count * (8 if dtype == "fp32" else 12) - 4 * absent) // keepers),
-        activations=tokens * activation_elements(model, tensor) * size,
+        activations=tokens * (activation_elements(model, tensor) * size - less),
         logits=tokens * model.vocab_size // tensor * size,
     )
 
