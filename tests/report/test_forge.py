@@ -75,7 +75,7 @@ def test_before_the_first_attempt_there_is_the_aligned_engine(tmp_path):
 
 def test_a_ledger_without_this_target_is_one_line(tmp_path):
     target = prepared(tmp_path)
-    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(UserError, match="nothing of tiny"):
+    with Ledger(tmp_path / "ledger") as ledger, pytest.raises(UserError, match="has no champion of tiny"):
         write_forge_report(target, ledger, tmp_path / "forge.html")
 
 

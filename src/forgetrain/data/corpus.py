@@ -71,7 +71,8 @@ def source_files(source: Source) -> list[Path]:
         )
     skipped = STDLIB_SKIPPED if source.path == STDLIB else frozenset()
     pattern = "**/*" if is_data_set(source.path) else source.glob
-    _require_readable(root)
+    if "**" in pattern:
+        _require_readable(root, skipped)
     try:
         found = list(root.glob(pattern))
     except (ValueError, NotImplementedError) as error:  # "**x", or absolute
@@ -92,14 +93,15 @@ def source_files(source: Source) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _require_readable(root: Path) -> None:
-    """Raises the OSError of a folder within ``root`` that cannot be listed, which glob would pass over in silence."""
+def _require_readable(root: Path, skipped: frozenset[str]) -> None:
+    """Raises the OSError of a folder within ``root`` that cannot be listed, which glob would pass over in silence. A
+    file system's own lost+found is root's alone, and no corpus."""
 
     def refuse(error: OSError) -> None:
         raise error
 
     for _, folders, _ in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if _wanted(Path(name), skipped | {"lost+found"})]
 
 
 def _wanted(relative: Path, skipped: frozenset[str]) -> bool:

@@ -38,7 +38,9 @@ def write_forge_report(target: Target, ledger: Ledger, path: Path) -> Path:
     champion = ledger.champion(key)
     if champion is None:
         raise UserError(
-            f"nothing of {target.name} as it is described now", file=ledger.path, remedy="run forgetrain forge first"
+            f"has no champion of {target.name} as it is described now",
+            file=ledger.path,
+            remedy="run forgetrain forge first",
         )
     evidence = _Evidence(target, ledger, key)
     write_text(path, render("forge.html.j2", **evidence.values(champion["candidate"])))
