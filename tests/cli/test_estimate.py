@@ -27,29 +27,25 @@ def test_json_is_one_object():
 
 
 @pytest.mark.parametrize("file", sorted(TARGETS.glob("*.toml")), ids=lambda file: file.stem)
-def test_table(file, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_table(file):
     text = run(file)
     assert "parameters" in text
     assert "FLOPs a token, causal" in text
     assert "step, all overlapped" in text
 
 
-def test_what_does_not_fit_is_said(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_what_does_not_fit_is_said():
     assert "does NOT fit in 79 GiB" in run(TARGETS / "minicpm4-8b-h100x8.toml")
     assert "over 8 ranks" in run(TARGETS / "minicpm4-8b-h100x8.toml", "--shard")
 
 
-def test_what_ranks_share_is_said(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_what_ranks_share_is_said():
     text = run(TARGETS / "minicpm4-8b-h100x8.toml", "--shard-optimizer", "--set", "parallel.tensor=2")
     assert "fp32 moments and master weights, layers over 2 ranks, over 4 ranks" in text
     assert "fp32 accumulators, layers over 2 ranks " in text
 
 
-def test_ranks_that_share_rows_are_said(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+def test_ranks_that_share_rows_are_said():
     text = run(TARGETS / "minicpm4-8b-h100x8.toml", "--shard-optimizer", "--set", "parallel.context=4")
     assert "one micro-batch of 4,096 tokens, rows over 4 ranks, nothing recomputed" in text
     assert "fp32 moments and master weights, over 8 ranks" in text

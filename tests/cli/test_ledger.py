@@ -55,7 +55,7 @@ def test_square_brackets_of_a_message_are_shown_as_they_are(tmp_path):
         target = ledger.add_target(tiny_target())
         hash_ = ledger.add_candidate(target, b"a = 1\n", message="[wip] q[0] and [/b]")
     for command in (["list"], ["show", hash_], ["lineage", hash_]):
-        shown = CliRunner().invoke(app, [*command, "--runs", str(tmp_path)], env={"COLUMNS": "200"})
+        shown = CliRunner().invoke(app, [*command, "--runs", str(tmp_path)])
         assert shown.exit_code == 0
         assert "[wip] q[0] and [/b]" in shown.output
 
