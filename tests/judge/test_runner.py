@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
-from forgetrain.judge.runner import BITWISE, NUMERIC, Effort, Judge
+from forgetrain.judge import trials
+from forgetrain.judge.runner import BITWISE, COMPILED_KEPT, NUMERIC, Effort, Judge, Trial
 from tests.engine.toy import toy
 from tests.tiny import tiny_target
 
@@ -97,6 +100,18 @@ def test_a_candidate_that_breaks_fails_its_gate_and_the_judge_goes_on(tmp_path):
     assert "SyntaxError" in failed.explanation
 
 
+def test_compiled_code_is_kept_of_the_last_few_candidates(tmp_path):
+    """A loop of hundreds of attempts must not fill the disk."""
+    with make_judge(tmp_path) as judge:
+        folder, champion, hashes = judge.scratch / "compiled", toy(tmp_path), []
+        for number in range(COMPILED_KEPT + 1):
+            (tmp_path / "next.py").write_text(f"number = {number}\n")
+            hashes.append(judge.judge(tmp_path / "next.py", gates=()).candidate)
+            first = judge.judge(champion, gates=()).candidate  # as each candidate's race does
+            assert {first, hashes[-1]} <= {path.name for path in folder.iterdir()}
+        assert len(list(folder.iterdir())) == COMPILED_KEPT
+
+
 def test_a_failing_reference_is_not_the_candidate_s_fault(tmp_path):
     broken = toy(tmp_path, build="raise RuntimeError('no memory')")
     with (
@@ -141,6 +156,34 @@ def test_the_candidate_that_is_judged_is_the_one_that_was_handed_in(tmp_path):
         assert frozen.read_bytes() == content
         with judge._freeze(path) as (_, other):
             assert other != digest
+
+
+def test_a_seed_that_carries_rounding_far_is_no_honest_engines_fault(tmp_path, monkeypatch):
+    """How far rounding leads is measured on the hidden seed, too: of the reference's weights, on that seed alone, a
+    known-good engine ends one tenth of training's way off, and the candidate two tenths or four."""
+
+    @contextlib.contextmanager
+    def trusted(judge, module, target, **_):
+        yield SimpleNamespace(off=0.1 * (module == judge.known_good))
+
+    @contextlib.contextmanager
+    def untrusted(trial, target):
+        yield candidate
+
+    def trained(trial, engine, seed):
+        start = trials._start(trial.judge.gates_target, seed)
+        moved = 1.0 + engine.off * (seed not in trial.judge.pool)
+        weights = {name: tensor.float() + moved for name, tensor in start.items()}
+        return trials.Training([1.0], 1.0 + 0.1 * (seed in trial.judge.pool), weights, "the same")
+
+    monkeypatch.setattr(Judge, "trusted", trusted)
+    monkeypatch.setattr(Trial, "process", untrusted)
+    monkeypatch.setattr(trials, "_train", trained)
+    candidate = SimpleNamespace(off=0.0, deterministic=True)
+    with make_judge(tmp_path) as judge:
+        for candidate.off, passes in ((0.2, True), (0.4, False)):
+            verdict = judge.judge(textbook(tmp_path), gates=["G6"]).verdicts[0]
+            assert verdict.passed == passes, verdict.explanation
 
 
 def test_gates_run_from_cheap_to_dear():

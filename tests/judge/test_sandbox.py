@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.process import EngineFailure, EngineProcess
 from forgetrain.engine.write import write_engine
 from forgetrain.judge import sandbox as module
-from forgetrain.judge.sandbox import sandbox
+from forgetrain.judge.sandbox import fill_cache, sandbox
 from forgetrain.numerics.init import initial_weights
 from tests.engine.toy import toy
 from tests.tiny import random_batch, tiny_target
@@ -73,6 +74,30 @@ def test_a_second_process_compiles_nothing_again_not_even_headers(tmp_path):
         made.append({file: file.stat().st_mtime_ns for file in cache.rglob("*") if file.suffix in (".so", ".gch")})
     assert {file.suffix for file in made[0]} == {".so", ".gch"}
     assert made[0] == made[1]
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_a_candidate_finds_the_compilers_headers_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    path, cache = toy(tmp_path, step="torch.compile(lambda x: x * 2 + 1)(torch.ones(1000))"), tmp_path / "cache"
+    cache.mkdir()
+    module.compilers_own.cache_clear()
+    fill_cache(cache, path, "cpu")
+    module.compilers_own.cache_clear()
+    given = {file: file.stat().st_mtime_ns for file in cache.rglob("*") if file.suffix == ".gch"}
+    box = sandbox(path, TARGET, cache=cache)
+    with EngineProcess(path, TARGET, wrap=box.wrap, limits=box.limits, timeout=300) as engine:
+        engine.load(WEIGHTS)
+        engine.step(random_batch(TARGET, 0), 0.1)
+    assert given == {file: file.stat().st_mtime_ns for file in cache.rglob("*") if file.suffix == ".gch"} != {}
+
+
+def test_an_engine_that_compiles_nothing_gets_no_headers(tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    fill_cache(cache, toy(tmp_path), "cpu")
+    assert not any(cache.iterdir())
 
 
 #: What bubblewrap puts into a /dev of its own, and places that other mounts cover.

@@ -26,6 +26,7 @@ from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.evidence import SCALARS, State, from_weights, trajectory
 from forgetrain.judge.hidden import Stream, derive
+from forgetrain.judge.sandbox import fill_cache
 from forgetrain.numerics.init import initial_weights
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.target import Target
@@ -190,6 +191,7 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
     last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
     # what the first run compiles serves the second and the resumed one, as it does on a user's machine
     with tempfile.TemporaryDirectory(dir=judge.scratch) as compiled:
+        fill_cache(Path(compiled), trial.file, judge.device)
         options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout, "cache": Path(compiled)}
         for name in ("once through", "killed and resumed"):
             with tempfile.TemporaryDirectory(dir=judge.scratch) as folder:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -29,7 +31,7 @@ from forgetrain.gates.verdict import Verdict
 from forgetrain.judge import trials
 from forgetrain.judge.clock import Race
 from forgetrain.judge.hidden import Stream, derive, draw_seed
-from forgetrain.judge.sandbox import Sandbox, sandbox
+from forgetrain.judge.sandbox import Sandbox, fill_cache, sandbox
 from forgetrain.judge.scratch import Scratch
 from forgetrain.numerics.device import check_device
 from forgetrain.spec.parallel import Parallel
@@ -38,6 +40,9 @@ from forgetrain.spec.target import Target
 #: Numeric gates in the order of their cost, and the gates of an engine that claims the reference's very bits.
 NUMERIC = ("contract", "G4.update", "G4", "G7", "G8", "G5", "G6", "G3", "G9")
 BITWISE = ("contract", "G1", "G2", "G3", "G7", "G8", "G9")
+
+#: Of how many engines compiled code is kept: of the champion and the candidate, and of two more for a second look.
+COMPILED_KEPT = 4
 
 #: A plan that is right and rounds differently from the textbook one: what honest code may differ by.
 KNOWN_GOOD = {"token_order": "sequence", "qkv": "fused", "gate_up": "fused", "adamw": "torch", "clip": "torch"}
@@ -241,9 +246,14 @@ class Judge:
                 yield process
 
     def _sandbox(self, frozen: Path, digest: str) -> Sandbox:
-        """With a folder for compiled code that lives as long as this judge."""
+        """With a folder for compiled code: some hundred MiB, so only those of the last few candidates are kept."""
         cache = self.scratch / "compiled" / digest
-        cache.mkdir(parents=True, exist_ok=True)
+        if not cache.is_dir():
+            for old in sorted(cache.parent.glob("*"), key=os.path.getmtime)[: 1 - COMPILED_KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+            cache.mkdir(parents=True)
+            fill_cache(cache, frozen, self.device)
+        os.utime(cache)
         return sandbox(frozen, self.target, device=self.device, cache=cache)
 
     def process(

@@ -13,17 +13,22 @@ torch.compile and triton make, when one is given: a candidate's processes share 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import forgetrain
-from forgetrain.engine.process import SERVE
+from forgetrain.engine.process import SERVE, strangers_environment
 from forgetrain.errors import UserError
 from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.target import Target
@@ -41,6 +46,7 @@ _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime"
 #: Bits depend on what torch reads here: cores, caches and memory nodes.
 _SYS_CPU = ("/sys/devices/system/cpu", "/sys/devices/system/node")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+_REGION = "import torch\ntorch.compile(lambda x: x.exp() + 1, dynamic=False)(torch.ones(4096))"
 #: What a GPU's engine may be written for besides torch, and where of it Python must look; bound if it is installed.
 _GPU_PACKAGES, _GPU_PATHS = ("flash-attn-4", "quack-kernels"), (_SITE / "nvidia_cutlass_dsl" / "dsl_packages",)
 _SYS_GPU = ("/sys/bus/pci", "/sys/class", "/sys/devices", "/sys/module/nvidia")
@@ -143,6 +149,41 @@ def training_sandbox(
     command = (*program, *binds, "--remount-ro", "/", "--")
     words = f"{_version()}: no network, nothing but its run is writable"
     return Sandbox(True, words, limits, command, (*renamed.items(),), cache)
+
+
+def fill_cache(cache: Path, engine: Path, device: str) -> None:
+    """Puts into a candidate's new folder for compiled code what torch's compiler makes before it looks at any code:
+    its headers, precompiled, and what it found that the processor can do. That is the same for every candidate and
+    takes 20 seconds of a core, so it is made once on a machine, in a sandbox but by no candidate, and each gets a
+    copy. Nothing is put there for an engine that compiles nothing, nor where there is no sandbox or no compiler."""
+    if device != "cpu" or b"torch.compile" not in engine.read_bytes():
+        return
+    made = compilers_own(device)
+    if made is not None:
+        shutil.copytree(made, cache, dirs_exist_ok=True)
+
+
+@functools.cache
+def compilers_own(device: str) -> Path | None:
+    """The folder from which ``fill_cache`` copies, made where it is missing; None where it cannot be made. It lies in
+    the system's temporary folder, as torch's own does, in one that is this user's alone."""
+    program, _ = _working_bubblewrap(device)
+    own = Path(tempfile.gettempdir()) / f"forgetrain-compiler-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    status = own.lstat()
+    if not program or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        return None
+    folder = own / hashlib.sha256(repr((torch.__version__, program)).encode()).hexdigest()[:16]
+    if folder.is_dir():
+        return folder
+    making = Path(tempfile.mkdtemp(dir=own))
+    command = [*program, *_cache_arguments(making), "--remount-ro", "/", "--", _interpreter(), "-P", "-c", _REGION]
+    try:
+        subprocess.run(command, capture_output=True, env=strangers_environment(device), check=True, timeout=300)
+        making.rename(folder)
+    except (subprocess.SubprocessError, OSError):
+        shutil.rmtree(making, ignore_errors=True)  # no compiler; or another process was quicker, whose folder serves
+    return folder if folder.is_dir() else None
 
 
 def _memory(target: Target, device: str, memory_gib: float | None) -> int:
