@@ -1,5 +1,5 @@
-"""How threads wait for each other, and what becomes of freed memory. Imports nothing that imports torch, for the first
-must be decided before that.
+"""How threads wait for each other, what becomes of freed memory, and what need not be asked of the compiler. Imports
+nothing that imports torch, for the first must be decided before that.
 
 By default an OpenMP thread that waits keeps its core busy for milliseconds. Several processes then take each other's
 cores for waiting, and a step takes many times as long. Threads that sleep at once lose a quarter to two fifths of their
@@ -9,7 +9,11 @@ has the figures).
 glibc gives large blocks back to the kernel when they are freed, and takes fresh pages, which the kernel zeroes, for the
 next ones: a step of nano-cpu then costs 20,000 page faults (docs/decisions/010-kept-memory.md). So it keeps them.
 
-Bits depend on neither.
+Before it compiles, torch's compiler builds and loads a program for each of the processor's instruction sets, to see
+whether the C++ compiler has them: every compiler that builds torch's headers does. That takes a second of every
+process, and eight where nothing of it is kept; so it is told.
+
+Bits depend on none of this.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ RUNTIME = {
     "GOMP_SPINCOUNT": "5000",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(_LARGEST),
+    "TORCHINDUCTOR_VEC_ISA_OK": "1",
 }
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -32,6 +37,7 @@ def prepare_process() -> None:
     imported."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", RUNTIME["GOMP_SPINCOUNT"])
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", RUNTIME["TORCHINDUCTOR_VEC_ISA_OK"])
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
