@@ -47,8 +47,8 @@ test: setup-dev
 	$(BIN)/python -m pytest -n 2
 
 test-slow: setup-dev
-	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist worksteal $(addprefix --ignore ,$(ALONE))
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ALONE)
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations 15 -n 2 --dist worksteal $(addprefix --ignore ,$(ALONE))
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations 15 $(ALONE)
 
 soak: setup-dev
 	$(BIN)/python -m tests.soak.soak --kills 100 --ranks 1

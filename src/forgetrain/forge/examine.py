@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from forgetrain.engine.process import EngineFailure, EngineProcess
-from forgetrain.forge.collect import start_reference
+from forgetrain.forge.collect import RANK_STEPS, start_reference
 from forgetrain.forge.truth import Start, Truth, observe, record_truth
 from forgetrain.gates.g1 import Divergence, first_divergence, g1
 from forgetrain.gates.g2 import StepRecord, first_parting, g2
@@ -29,8 +29,6 @@ from forgetrain.judge.hidden import Stream, draw_seed, hidden_weights
 from forgetrain.judge.sandbox import Sandbox
 from forgetrain.spec.target import Target
 
-#: Steps of the two runs at world size 2: enough for moments, decay and clipping to matter.
-RANK_STEPS = 5
 RANKS = 2
 
 Tell = Callable[[str, float], None]
