@@ -82,7 +82,7 @@ class Contestant:
 
 def measure(args: argparse.Namespace) -> dict:
     """Runs the rounds; what is known is written after each of them."""
-    target = load_target(ROOT / "targets" / f"{args.target}.toml")
+    target = load_target(ROOT / "targets" / f"{args.target}.toml", args.overrides)
     names = ["engine", *(args.peers.split(",") if args.peers else [])]
     for name in names:
         if not name.endswith(".py") and (line := refusal(name, target.plain())):
@@ -187,6 +187,9 @@ def ratio(ours: list[dict], theirs: list[dict]) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="a file's name in targets/, without .toml")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="changes the target"
+    )
     parser.add_argument("--engine", type=Path, help="default: engines/TARGET/engine.py")
     parser.add_argument("--plan", type=Path, help="write the engine from this plan.toml")
     parser.add_argument("--choose", action="append", default=[], metavar="KEY=NAME", help="a choice of the plan")

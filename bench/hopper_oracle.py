@@ -85,13 +85,16 @@ def compare(target: Target, engine: Path, device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", type=Path)
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="changes the target"
+    )
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--length", type=int, default=1024, help="positions of each of the two rows")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="a JSON file for the errors")
     args = parser.parse_args()
     shape = ["recipe.batch_size=2", "recipe.micro_batch_size=1", f"recipe.sequence_length={args.length}"]
-    target = load_target(args.target, shape)
+    target = load_target(args.target, [*args.overrides, *shape])
     found, dtype = compare(target, args.engine, args.device), target.precision.dtype
     for name in found[f"engine {dtype}"]["kinds"]:
         columns = []

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from forgetrain.engine.plan import Plan
-from forgetrain.ops.cuda.fp8 import Fp8, find_largest_, quantise
+from forgetrain.ops.cuda.fp8 import Fp8
+from forgetrain.ops.cuda.fp8_block import empty_squares, quantise_spans, quantise_squares_
+from forgetrain.ops.cuda.fp8_tensor import find_largest_, quantise
 from forgetrain.ops.cuda.largest import SLOTS
 from forgetrain.ops.cuda.linear import prepared, product_
 from forgetrain.spec.model import Model
-from forgetrain.spec.target import load_target
+from forgetrain.spec.target import Precision, load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,9 +40,10 @@ class Product(NamedTuple):
     adds: bool
     units: tuple[Tensor, Tensor] | None = None
     fast: bool = False
+    modes: tuple[int, int] = (0, 0)
 
 
-def products(model: Model, tokens: int, fp8: bool) -> dict[str, Product]:
+def products(model: Model, tokens: int, precision: Precision) -> dict[str, Product]:
     """Plan key → product, on random data; all but the head's in fp8 if asked for."""
     heads, groups, width = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     hidden, inner = model.hidden_size, model.intermediate_size
@@ -59,11 +62,19 @@ def products(model: Model, tokens: int, fp8: bool) -> dict[str, Product]:
         )
         y, d_x = torch.empty_like(d_y), torch.empty_like(x)
         grad = torch.zeros(outputs, inputs, device="cuda")
-        if fp8 and name != "head":
-            x8, w8, d8 = eighth(x), eighth(weight), eighth(d_y, gradient=True)
-            found[f"rank_{name}_forward"] = Product(y, x8.rows, w8.rows.t(), False, (x8.unit, w8.unit), True)
-            found[f"rank_{name}_input_grad"] = Product(d_x, d8.rows, w8.turned.t(), False, (d8.unit, w8.unit))
-            found[f"rank_{name}_weight_grad"] = Product(grad, d8.turned, x8.turned.t(), True, (d8.unit, x8.unit))
+        if precision.dtype == "fp8" and name != "head":
+            x8, w8, d8 = by_blocks(x, weight, d_y) if precision.scaling == "block" else by_tensors(x, weight, d_y)
+            modes, fast = (x8.mode, w8.mode), precision.scaling == "tensor"
+            turned = d8.turned_unit, x8.turned_unit
+            found |= {
+                f"rank_{name}_forward": Product(y, x8.rows, w8.rows.t(), False, (x8.unit, w8.unit), fast, modes),
+                f"rank_{name}_input_grad": Product(
+                    d_x, d8.rows, w8.turned.t(), False, (d8.unit, w8.turned_unit), False, modes
+                ),
+                f"rank_{name}_weight_grad": Product(
+                    grad, d8.turned, x8.turned.t(), True, turned, False, (d8.mode, x8.mode)
+                ),
+            }
         else:
             found[f"rank_{name}_forward"] = Product(y, x, weight.t(), False)
             found[f"rank_{name}_input_grad"] = Product(d_x, d_y, weight, False)
@@ -71,8 +82,14 @@ def products(model: Model, tokens: int, fp8: bool) -> dict[str, Product]:
     return found
 
 
-def eighth(x: Tensor, gradient: bool = False) -> Fp8:
-    return quantise(x, find_largest_(x, torch.zeros(SLOTS, dtype=torch.int32, device="cuda")), gradient)
+def by_tensors(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Fp8, ...]:
+    largest = (torch.zeros(SLOTS, dtype=torch.int32, device="cuda") for _ in range(3))
+    return tuple(quantise(y, find_largest_(y, next(largest)), gradient=y is d_y) for y in (x, weight, d_y))
+
+
+def by_blocks(x: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Fp8, ...]:
+    squares = quantise_squares_(weight[None], empty_squares((1, *weight.shape), "cuda"))
+    return quantise_spans(x), squares.part(0), quantise_spans(d_y)
 
 
 def timed(product: Product, rank: int, repeats: int) -> float:
@@ -80,7 +97,7 @@ def timed(product: Product, rank: int, repeats: int) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(repeats):
-        product_(product.out, product.a, product.b, rank, 1.0, product.adds, product.units, product.fast)
+        product_(product.out, product.a, product.b, rank, 1.0, *product[3:])
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / repeats
@@ -90,7 +107,7 @@ def measure(product: Product, seconds: float) -> list[float]:
     """Milliseconds of each proposal at the power limit; infinite for those far behind in a short trial."""
     out, a, b = product[:3]
     sizes, strides = (a.shape[0], b.shape[1], a.shape[1]), (a.stride(), b.stride(), out.stride())
-    ranks = range(len(prepared(sizes, strides, (a.dtype, b.dtype, out.dtype), product.fast)[2]))
+    ranks = range(len(prepared(sizes, strides, (a.dtype, b.dtype, out.dtype), product.fast, product.modes)[2]))
     trial = [min(timed(product, rank, 2) for _ in range(4)) for rank in ranks]
     found = [math.inf] * len(trial)
     for rank in ranks:
@@ -104,15 +121,19 @@ def measure(product: Product, seconds: float) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="a file's name in targets/, without .toml")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="changes the target"
+    )
     parser.add_argument("--plan", type=Path, required=True, help="the plan into which the ranks go")
     parser.add_argument("--micro-batch", type=int, default=8, help="rows of a micro-batch")
     parser.add_argument("--seconds", type=float, default=0.6, help="for each algorithm of a product")
     parser.add_argument("--margin", type=float, default=0.01, help="what another than the first must gain")
     parser.add_argument("--out", type=Path, help="a JSON file for the times")
     args = parser.parse_args()
-    target, plan, log = load_target(ROOT / "targets" / f"{args.target}.toml"), Plan.read(args.plan), {}
+    target = load_target(ROOT / "targets" / f"{args.target}.toml", args.overrides)
+    plan, log = Plan.read(args.plan), {}
     tokens = args.micro_batch * target.recipe.sequence_length
-    for key, product in products(target.model, tokens, target.precision.dtype == "fp8").items():
+    for key, product in products(target.model, tokens, target.precision).items():
         times = measure(product, args.seconds)
         best = min(range(len(times)), key=times.__getitem__)
         best = best if times[best] < times[0] * (1 - args.margin) else 0

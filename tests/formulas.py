@@ -8,7 +8,7 @@ Of Triton nothing is left there. Arithmetic is fp32 and rounds once, as the kern
 
 # ruff: noqa: F821
 # pyright: reportUndefinedVariable=false, reportOptionalSubscript=false
-# TOP is the engine's.
+# TOP, E4M3, Fp8 and SPANS are the engine's.
 
 from __future__ import annotations
 
@@ -146,12 +146,43 @@ def find_largest_(x, largest):
     return largest
 
 
+def powers(most, top):
+    """Of two, by which numbers are scaled whose largest magnitude has these bits; the units that undo it."""
+    power = (top - ((most >> 23) - 127) - ((most & 0x7FFFFF) > 0x600000).int()).clamp(max=126).float()
+    return torch.exp2(power), torch.where(most >= 0x7F800000, torch.nan, torch.exp2(-power))
+
+
+def nearest(x, dtype):
+    return x.to(dtype)
+
+
 def quantise_(x, largest, out):
-    most = largest.amax(-1)
-    power = TOP[out.turned.dtype] - ((most >> 23) - 127) - ((most & 0x7FFFFF) > 0x600000).int()
-    power = power.clamp(max=126)
-    number = (x.float() * torch.exp2(power.float())[..., None, None]).to(out.turned.dtype)
+    scale, unit = powers(largest.amax(-1), TOP[out.turned.dtype])
+    number = nearest(x.float() * scale[..., None, None], out.turned.dtype)
     out.rows.copy_(number.view(out.rows.shape))
     out.turned.copy_(number.view(out.rows.shape).mT)
-    out.unit.copy_(torch.where(most >= 0x7F800000, torch.nan, torch.exp2(-power.float())))
+    out.unit.copy_(unit)
+    return out
+
+
+def by_blocks(x, high):
+    """Numbers of x [P, R, C], the units of blocks of so many rows and 128 columns, [P, R / high, C / 128]."""
+    parts, rows, cols = x.shape
+    whole = torch.nn.functional.pad(x.float(), (0, -cols % 128, 0, -rows % high))
+    blocks = whole.view(parts, -1, high, whole.shape[2] // 128, 128)
+    scale, unit = powers(blocks.abs().amax((2, 4), keepdim=True).view(torch.int32), TOP[E4M3])
+    number = nearest(blocks * scale, E4M3).view(whole.shape)[:, :rows, :cols]
+    return number, unit[:, :, 0, :, 0]
+
+
+def quantise_spans(x):
+    (rows, unit), (turned, turned_unit) = by_blocks(x[None], 1), by_blocks(x.t()[None], 1)
+    return Fp8(rows[0], turned[0], unit[0].t(), turned_unit[0].t(), SPANS)
+
+
+def quantise_squares_(x, out):
+    for numbers, units, y in ((out.rows, out.unit, x), (out.turned, out.turned_unit, x.mT)):
+        number, unit = by_blocks(y, 128)
+        numbers.copy_(number)
+        units[..., : unit.shape[2]] = unit
     return out

@@ -25,13 +25,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PLAN = Plan({"schedule": "hopper"})
 SMALL = {"batch_size": 2, "micro_batch_size": 1, "sequence_length": 16}
 SMALLEST = {**SMALL, "batch_size": 1}  # for the interpreter, which is slow
+SCALINGS = ["tensor", "block"]
+#: More than a block of each size, the last of them cut.
+WIDE = {
+    "model": {"hidden_size": 144, "intermediate_size": 272, "max_position_embeddings": 256},
+    "recipe": {**SMALL, "sequence_length": 144},
+}
 ON_CPU = pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter, and of formulas on a CPU")
 round_to_nearest()
 
 
-def fp8_target(architecture="minicpm5", **sections):
-    sections = {"recipe": SMALL, **sections}
-    return tiny_target(architecture, precision={"dtype": "fp8"}, **sections)
+def fp8_target(architecture="minicpm5", scaling="tensor", **sections):
+    sections = {**(WIDE if scaling == "block" else {"recipe": SMALL}), **sections}
+    return tiny_target(architecture, precision={"dtype": "fp8", "scaling": scaling}, **sections)
 
 
 def built(target, path, plan=PLAN, precision="fp8", change=lambda source: source, device=DEVICE):
@@ -72,8 +78,9 @@ def pool(engine, target, device=DEVICE):
 
 
 @ON_CPU
-def test_the_exact_mode_is_that_of_the_bf16_engine_bit_for_bit(tmp_path):
-    target = fp8_target(recipe=SMALLEST, model={"num_hidden_layers": 1})
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_exact_mode_is_that_of_the_bf16_engine_bit_for_bit(scaling, tmp_path):
+    target = fp8_target(scaling=scaling, recipe=SMALLEST, model={"num_hidden_layers": 1})
     engines = [
         built(target.for_reference(), tmp_path / "bf16.py", precision="fp32"),
         built(target, tmp_path / "fp8.py", precision="fp32"),
@@ -85,9 +92,11 @@ def test_the_exact_mode_is_that_of_the_bf16_engine_bit_for_bit(tmp_path):
 
 
 @ON_CPU
-def test_kernels_and_formulas_train_the_same_engine(tmp_path):
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_kernels_and_formulas_train_the_same_engine(scaling, tmp_path):
     """Under the interpreter, and with each kernel's formula in torch in its place: sums are ordered otherwise."""
-    target = fp8_target("minicpm4", recipe=SMALLEST)
+    wide = {"model": {**WIDE["model"], "num_hidden_layers": 1}} if scaling == "block" else {}
+    target = fp8_target("minicpm4", scaling, recipe=SMALLEST, **wide)
     kernels, formulas = built(target, tmp_path / "a.py"), built(target, tmp_path / "b.py", change=in_torch)
     for found, wanted in zip(trained(kernels, target, 2), trained(formulas, target, 2), strict=True):
         assert found == pytest.approx(wanted, rel=1e-5)
@@ -95,10 +104,11 @@ def test_kernels_and_formulas_train_the_same_engine(tmp_path):
 
 
 @ON_CPU
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("architecture", ["minicpm5", "minicpm4", "tied"])
-def test_its_errors_are_those_of_the_explicit_schedule(architecture, tmp_path):
+def test_its_errors_are_those_of_the_explicit_schedule(architecture, scaling, tmp_path):
     """By G4; and not those of bf16."""
-    target = fp8_target(architecture)
+    target = fp8_target(architecture, scaling)
     mine = pool(built(target, tmp_path / "a.py", change=in_torch), target)
     theirs = pool(built(target, tmp_path / "b.py", Plan.textbook()), target)
     in_bf16 = pool(built(target.for_reference(), tmp_path / "c.py", Plan.textbook(), precision="bf16"), target)
@@ -108,43 +118,81 @@ def test_its_errors_are_those_of_the_explicit_schedule(architecture, tmp_path):
     assert all(mine.kinds[kind].rms > 5 * in_bf16.kinds[kind].rms for kind in layers)
 
 
-NUMBER = "    number = (x.float() * torch.exp2(power.float())[..., None, None]).to(out.turned.dtype)\n"
 DEFECTS = {
     "a head without gradient": (
         "        d_qkv = self.attention_backward(",
         "        d_out[:, 0] = 0\n        d_qkv = self.attention_backward(",
     ),
     "a sixteenth of the tokens without weight gradients": (
-        "        fp8_product_(grad, d_y.turned,",
-        "        d_y.turned[:, ::16] = 0\n        fp8_product_(grad, d_y.turned,",
+        "        turned = ((y.turned,",
+        "        d_y.turned[:, ::16] = 0\n        turned = ((y.turned,",
     ),
-    "numbers above the type's range": ("    power = power.clamp(max=126)\n", "    power = power.clamp(max=126) + 1\n"),
+    "numbers above the type's range": (".clamp(max=126).float()\n", ".clamp(max=126).float() + 1\n"),
     "numbers cut off, not rounded": (
-        NUMBER,
-        "    wide = (x.float() * torch.exp2(power.float())[..., None, None]).view(torch.int32)\n"
-        "    kept = wide & -(1 << (20 if out.turned.dtype == E4M3 else 21))\n"
-        "    number = kept.view(torch.float32).to(out.turned.dtype)\n",
+        "    return x.to(dtype)\n",
+        "    kept = x.contiguous().view(torch.int32) & -(1 << (20 if dtype == E4M3 else 21))\n"
+        "    return kept.view(torch.float32).to(dtype)\n",
     ),
-    "another layer's turned weight": ("stack.turned[int(i)]", "stack.turned[0]"),
+    "another layer's turned weight": ("self.turned[i]", "self.turned[0]"),
 }
+SPANS = "    return Fp8(rows[0], turned[0], unit[0].t(), turned_unit[0].t(), SPANS)\n"
+BLOCK_DEFECTS = {
+    "units of the operand before": (
+        SPANS,
+        "    before = BEFORE.get(x.shape, (unit, turned_unit))\n"
+        "    BEFORE[x.shape] = unit, turned_unit\n"
+        "    return Fp8(rows[0], turned[0], before[0][0].t(), before[1][0].t(), SPANS)\n",
+    ),
+    "blocks scaled as those of the operand before": (
+        "    number = nearest(blocks * scale, E4M3)",
+        "    key = (*x.shape, high)\n"
+        "    before = BEFORE.get(key, (scale, unit))\n"
+        "    BEFORE[key] = scale, unit\n"
+        "    scale, unit = before\n"
+        "    number = nearest((blocks * scale).clamp(-448, 448), E4M3)",
+    ),
+    "units by rows, not by columns": (
+        SPANS,
+        "    by_rows = (u[0].reshape(u.shape[2], -1) for u in (unit, turned_unit))\n"
+        "    return Fp8(rows[0], turned[0], *by_rows, SPANS)\n",
+    ),
+    "blocks along rows, units along columns": (
+        SPANS,
+        "    return Fp8(rows[0], rows[0].t().contiguous(), unit[0].t(), turned_unit[0].t(), SPANS)\n",
+    ),
+}
+PLANTED = [("tensor", defect) for defect in DEFECTS] + [("block", defect) for defect in DEFECTS | BLOCK_DEFECTS]
+
+
+@pytest.fixture(scope="module")
+def measures(tmp_path_factory):
+    """Errors of the explicit schedule's engine, by scaling."""
+    folder, found = tmp_path_factory.mktemp("explicit"), {}
+    for scaling in SCALINGS:
+        target = fp8_target(scaling=scaling)
+        found[scaling] = pool(built(target, folder / f"{scaling}.py", Plan.textbook()), target)
+    return found
+
+
+def planted(defect, source):
+    """The source in torch, with this defect."""
+    old, new = (DEFECTS | BLOCK_DEFECTS)[defect]
+    assert old in in_torch(source)
+    return in_torch(source).replace(old, new) + "\nBEFORE = {}\n"
 
 
 @ON_CPU
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_planted_defects_err_more(defect, tmp_path):
-    target, (old, new) = fp8_target(), DEFECTS[defect]
-
-    def planted(source):
-        assert old in in_torch(source)
-        return in_torch(source).replace(old, new)
-
-    theirs = pool(built(target, tmp_path / "b.py", Plan.textbook()), target)
-    assert not g4(pool(built(target, tmp_path / "a.py", change=planted), target), theirs, ratio=1.5).passed
+@pytest.mark.parametrize(("scaling", "defect"), PLANTED)
+def test_planted_defects_err_more(scaling, defect, measures, tmp_path):
+    target = fp8_target(scaling=scaling)
+    engine = built(target, tmp_path / "a.py", change=functools.partial(planted, defect))
+    assert not g4(pool(engine, target), measures[scaling], ratio=1.5).passed
 
 
 @ON_CPU
-def test_it_learns_and_goes_on_bit_for_bit_from_a_state(tmp_path):
-    target = fp8_target()
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_it_learns_and_goes_on_bit_for_bit_from_a_state(scaling, tmp_path):
+    target = fp8_target(scaling=scaling)
     whole, first = (built(target, tmp_path / f"{name}.py", change=in_torch) for name in "ab")
     step = functools.partial(batch_of, target, 0)
     losses = [float(whole.step(step(), 3e-3).loss) for _ in range(12)]
@@ -159,8 +207,9 @@ def test_it_learns_and_goes_on_bit_for_bit_from_a_state(tmp_path):
 
 
 @ON_CPU
-def test_a_norm_that_is_not_finite_moves_nothing(tmp_path):
-    target = fp8_target()
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_norm_that_is_not_finite_moves_nothing(scaling, tmp_path):
+    target = fp8_target(scaling=scaling)
     engine = built(target, tmp_path / "a.py", change=in_torch)
     weights = initial_weights(target.model, seed=1)
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.inf
@@ -180,8 +229,9 @@ def test_sharded_states_are_the_replicated_ones(tmp_path):
     assert_same(*(on_ranks(1, module, target, last=2) for module in modules))
 
 
-def test_the_file_imports_torch_and_triton_alone():
-    source = write_engine(fp8_target(), PLAN)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_file_imports_torch_and_triton_alone(scaling):
+    source = write_engine(fp8_target(scaling=scaling), PLAN)
     roots = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
     assert roots == {"__future__", "collections", "ctypes", "functools", "typing", "torch", "triton"}
     assert max(map(len, source.splitlines())) <= 120
@@ -212,15 +262,32 @@ def test_an_engine_computes_in_its_own_precision_alone(tmp_path):
         built(target.for_reference(), tmp_path / "b.py", precision="fp8")
 
 
+@ON_CPU
+@pytest.mark.parametrize(("version", "precision", "message"), [("12.8", "fp8", "12.9"), ("12.8", "fp32", None)])
+def test_a_library_without_blocks_is_one_line(version, precision, message, tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text(write_engine(fp8_target(scaling="block"), PLAN))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", version)
+    check = functools.partial(load_engine(tmp_path / "a.py").check_device, torch.device("cuda"), precision)
+    if message is None:
+        check()
+    else:
+        with pytest.raises(ValueError, match=f"fp8 blocks of CUDA {message}, torch is of {version}: install"):
+            check()
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("library", HOPPER["attention_library"][0])
 @pytest.mark.parametrize("weight_gradients", HOPPER["weight_gradients"][0])
 @pytest.mark.parametrize("architecture", ["minicpm5", "minicpm4"])
-def test_on_the_gpu_it_errs_as_formulas_on_a_cpu_do(architecture, weight_gradients, library, tmp_path):
+def test_on_the_gpu_it_errs_as_formulas_on_a_cpu_do(architecture, weight_gradients, library, scaling, tmp_path):
     """cuBLASLt's fp8 products, CUDA graphs, cuDNN or FlashAttention-4."""
     if library == "flash4":
         pytest.importorskip("flash_attn.cute", reason="not installed: pip install forgetrain[hopper]")
-    target = fp8_target(architecture, model={"head_dim": 64, "num_hidden_layers": 4})
+    wide = WIDE["model"] if scaling == "block" else {}
+    target = fp8_target(architecture, scaling, model={**wide, "head_dim": 64, "num_hidden_layers": 4})
     plan = PLAN.with_choice("attention_library", library).with_choice("weight_gradients", weight_gradients)
     engine = built(target, tmp_path / "a.py", plan)
     formulas = built(target, tmp_path / "b.py", change=in_torch, device="cpu")

@@ -7,6 +7,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.judge.runner import Effort, Judge
+from forgetrain.spec.target import Precision
 from tests.formulas import in_torch
 from tests.judge.test_runner import needs_bubblewrap
 from tests.tiny import tiny_target
@@ -26,14 +27,14 @@ STALE = (
 )
 
 
-def make_judge(folder):
+def make_judge(folder, target=TARGET):
     reference = folder / "reference.py"
-    reference.write_text(write_engine(TARGET.for_reference(), Plan.textbook()))
-    return Judge(TARGET, reference=reference, effort=EFFORT)
+    reference.write_text(write_engine(target.for_reference(), Plan.textbook()))
+    return Judge(target, reference=reference, effort=EFFORT)
 
 
-def engine(folder, *replaced):
-    path, source = folder / "engine.py", in_torch(write_engine(TARGET, Plan({"schedule": "hopper"})))
+def engine(folder, *replaced, target=TARGET):
+    path, source = folder / "engine.py", in_torch(write_engine(target, Plan({"schedule": "hopper"})))
     if replaced:
         assert replaced[0] in source
         source = source.replace(*replaced)
@@ -49,10 +50,13 @@ def test_there_are_no_bits_to_equal(tmp_path):
 
 @needs_bubblewrap
 @pytest.mark.slow
-def test_an_honest_engine_passes(tmp_path):
+@pytest.mark.parametrize("scaling", ["tensor", "block"])
+def test_an_honest_engine_passes(scaling, tmp_path):
     """All but G5, which is of trainings that learn: docs/decisions/011-fp8.md has its figures."""
-    with make_judge(tmp_path) as judge:
-        result = judge.judge(engine(tmp_path), gates=("contract", "G4.update", "G4", "G7", "G8", "G3"), all_gates=True)
+    target = TARGET.model_copy(update={"precision": Precision(dtype="fp8", scaling=scaling)})
+    with make_judge(tmp_path, target) as judge:
+        file, gates = engine(tmp_path, target=target), ("contract", "G4.update", "G4", "G7", "G8", "G3")
+        result = judge.judge(file, gates=gates, all_gates=True)
     assert [v.explanation for v in result.verdicts if not v.passed] == []
     gates = ["contract", "G4.update", "G4.fp32", "G4.fp8", "G7.replay", "G7", "G8", "G3"]
     assert [v.gate for v in result.verdicts] == gates

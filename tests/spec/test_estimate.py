@@ -139,6 +139,9 @@ def test_under_fp8_the_layers_products_have_a_peak_of_their_own():
     assert mine.weights - plain.weights == 2 * (679_552_512 - 49 * 1536)
     # bytes of normed1, normed2 and SwiGLU's output that fp8 saves, less those of attention's output, kept twice
     assert plain.activations - mine.activations == 8 * 4096 * 24 * (1536 + 1536 + 4608 - 2048)
+    blocks = memory(load_target(TARGETS / "minicpm5-1b-h200-fp8.toml", ["precision.scaling=block"]))
+    # a unit of four bytes for 128 numbers of what is kept in fp8
+    assert blocks.activations - mine.activations == 8 * 4096 * 24 * (1536 + 1536 + 4608 + 2048) * 4 // 128
     with pytest.raises(UserError, match="no fp8") as refused:
         roofline(load_target(TARGETS / "minicpm5-1b-h200-fp8.toml", ["hardware.name=a100"]))
     assert refused.value.key == "precision.dtype"

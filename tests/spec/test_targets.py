@@ -16,8 +16,8 @@ from forgetrain.spec.toml import to_toml
 FILES = sorted((Path(__file__).parents[2] / "targets").glob("*.toml"))
 
 
-def load(name: str) -> Target:
-    return load_target(next(file for file in FILES if file.stem == name))
+def load(name: str, *overrides: str) -> Target:
+    return load_target(next(file for file in FILES if file.stem == name), overrides)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -58,6 +58,20 @@ def test_dimensions_of_the_big_ones():
         model = load(name).model
         assert (model.scale_emb, model.scale_depth, model.dim_model_base) == (12, 1.4, 256)
         assert (model.rope_theta, model.rms_norm_eps, model.architecture) == (1e4, 1e-6, "minicpm")
+
+
+def test_blocks_are_of_fp8_operands():
+    name = "minicpm5-1b-h200-fp8"
+    assert load(name).precision.scaling == "tensor"
+    blocks = load(name, "precision.scaling=block")
+    assert blocks.precision.scaling == "block"
+    assert blocks.for_reference().precision == load("minicpm5-1b-h200").precision
+    with pytest.raises(
+        UserError, match=r"precision: scaling = 'block' is of fp8 operands, and dtype = 'bf16'; leave it"
+    ):
+        load(name, "precision.scaling=block", "precision.dtype=bf16")
+    with pytest.raises(UserError, match=r"precision\.scaling: Input should be 'tensor' or 'block'"):
+        load(name, "precision.scaling=row")
 
 
 @pytest.mark.parametrize("name", ["minicpm5-1b-h200", "minicpm4-0.5b-h200", "minicpm4-8b-h100x8"])

@@ -91,8 +91,10 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     variants = {key: OPS[key][plan[key]] for key in used}
     functions = [function for variant in variants.values() for function in variant.functions]
     low = "fp8" if target.precision.dtype == "fp8" else "bf16"
+    layer_linear = f"linear_{plan['linear']}"
     if low == "fp8":
-        functions += [fp8.linear_fp8_forward, fp8.linear_fp8_backward]
+        layer_linear = "linear_fp8_block" if target.precision.scaling == "block" else "linear_fp8"
+        functions += [getattr(fp8, f"{layer_linear}_{way}") for way in ("forward", "backward")]
     muon = target.recipe.optimizer == "muon"  # whose states are replicated: it needs whole matrices
     compiled = []
     if production:
@@ -119,7 +121,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         sharded=plan["optimizer_state"] == "sharded" and not muon,
         v={key: variant.name for key, variant in variants.items()},
         low=low,
-        layer_linear="linear_fp8" if low == "fp8" else f"linear_{plan['linear']}",
+        layer_linear=layer_linear,
         head="model.embed_tokens.weight" if model.tie_word_embeddings else "lm_head.weight",
         residual_scale="None" if model.residual_scale is None else "RESIDUAL_SCALE",
         **_layer_names(target, plan),
@@ -236,10 +238,11 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
     """The engine of the hopper schedule, of which ``require_schedule`` has asked nothing that its kernels lack."""
     model = target.model
     sharded, eight = plan["optimizer_state"] == "sharded", target.precision.dtype == "fp8"
+    scaling = target.precision.scaling
     chosen = {name: name in (plan["attention_library"], plan["swiglu_library"]) for name in _HOPPER_LIBRARIES}
     modules = [
         *_HOPPER_MODULES,
-        *["fp8"] * eight,
+        *["fp8", f"fp8_{scaling}"] * eight,
         *(module for name, module in _HOPPER_LIBRARIES.items() if chosen[name]),
     ]
     return _rendered(
@@ -251,6 +254,8 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         sources="\n\n".join(map(_module_source, modules)),
         **chosen,
         fp8=eight,
+        squares=scaling == "block",  # or else, of fp8, largest magnitudes are noted
+        noted=eight and scaling == "tensor",
         dtype="fp8" if eight else "bf16",
         linear="fp8" if eight else "linear",
         matrix="self.matrix(" if eight else "w[",

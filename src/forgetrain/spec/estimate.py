@@ -211,6 +211,8 @@ def memory(target: Target, *, shard: bool = False, shard_optimizer: bool = False
     # what weight gradients read takes a byte less; attention's output is kept as it is, too
     q = model.num_attention_heads * model.head_dim
     less = model.num_hidden_layers * (2 * model.hidden_size + model.intermediate_size - q) if dtype == "fp8" else 0
+    if target.precision.scaling == "block":  # and fp32 units, one of 128
+        less -= model.num_hidden_layers * (2 * model.hidden_size + model.intermediate_size + q) // 32
     return Memory(
         weights=-(-count * size // ranks) + rounded,
         gradients=-(-count * 4 // ranks),

@@ -64,9 +64,16 @@ class Recipe(Section):
 class Precision(Section):
     """``fp32``; ``bf16``: Megatron's policy (bf16 weights and activations, fp32 master weights that start from the
     rounded bf16 weights, gradients accumulated in fp32); or ``fp8``: the same, but that the products of the layers take
-    operands rounded to fp8, each scaled by its own largest magnitude."""
+    operands rounded to fp8, scaled by the largest magnitude of the whole tensor, or of each block of it."""
 
     dtype: Literal["fp32", "bf16", "fp8"] = "fp32"
+    scaling: Literal["tensor", "block"] = "tensor"
+
+    @model_validator(mode="after")
+    def _scaled(self) -> Precision:
+        if self.scaling == "block" and self.dtype != "fp8":
+            raise ValueError(f"scaling = 'block' is of fp8 operands, and dtype = {self.dtype!r}; leave it out")
+        return self
 
     @property
     def kept(self) -> Literal["fp32", "bf16"]:

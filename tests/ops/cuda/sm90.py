@@ -10,18 +10,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from forgetrain.ops.cuda import fp8, rmsnorm, swiglu
+from forgetrain.ops.cuda import fp8_block, fp8_tensor, rmsnorm, swiglu
 from forgetrain.ops.cuda.largest import SLOTS
 
-POINTERS = {"largest_ptr": "*i32", "unit_ptr": "*fp32", "rstd_ptr": "*fp32", "partial_ptr": "*fp32"}
+POINTERS = {
+    "largest_ptr": "*i32",
+    "unit_ptr": "*fp32",
+    "turned_unit_ptr": "*fp32",
+    "rstd_ptr": "*fp32",
+    "partial_ptr": "*fp32",
+}
 FLOATS = ("branch_scale", "out_scale", "eps")
 NORM = {"D": 1536, "BLOCK": 2048, "ROWS": 2, "PLACES": SLOTS}
 SWIGLU = {"F": 4608, "ROWS": 1, "COLS": 1024, "ALTERNATING": False, "PLACES": SLOTS}
 QUANTISE = {"PLACES": SLOTS, "ROWS": 128, "COLS": 128}
+BLOCKS = {"TOP": 8, "SIDE": 128}
+E4M3, E5M2 = ({"rows_ptr": kind, "turned_ptr": kind} for kind in ("*fp8e4nv", "*fp8e5"))
 CASES = [
-    (fp8.largest_kernel, {"PLACES": SLOTS, "BLOCK": 8192}, {}, 8),
-    (fp8.quantise_kernel, {**QUANTISE, "TOP": 8}, {"rows_ptr": "*fp8e4nv", "turned_ptr": "*fp8e4nv"}, 8),
-    (fp8.quantise_kernel, {**QUANTISE, "TOP": 15}, {"rows_ptr": "*fp8e5", "turned_ptr": "*fp8e5"}, 8),
+    (fp8_tensor.largest_kernel, {"PLACES": SLOTS, "BLOCK": 8192}, {}, 8),
+    (fp8_tensor.quantise_kernel, {**QUANTISE, "TOP": 8}, E4M3, 8),
+    (fp8_tensor.quantise_kernel, {**QUANTISE, "TOP": 15}, E5M2, 8),
+    (fp8_block.quantise_spans_kernel, BLOCKS, E4M3, 8),
+    (fp8_block.quantise_squares_kernel, BLOCKS, E4M3, 8),
     (rmsnorm.add_norm_kernel, {**NORM, "HAS_BRANCH": True}, {}, 4),
     (rmsnorm.norm_backward_kernel, {**NORM, "HAS_RESIDUAL": True}, {}, 2),
     (swiglu.swiglu_kernel, SWIGLU, {}, 4),

@@ -11,7 +11,7 @@ the branch (muP), which so costs nothing.
 often not the fastest. A number written down, and not a race at start-up, so that a run can be repeated bit for bit on
 the same GPU and version of cuBLAS. In fp32, and on a CPU, torch's own product is taken, and rank means nothing.
 
-Operands are bf16; or fp8, each with a unit on the device that its numbers are multiplied by.
+Operands are bf16; or fp8, each with units on the device that its numbers are multiplied by.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ WORKSPACE_BYTES = 64 << 20
 PROPOSALS = 8
 #: cudaDataType_t.
 TYPES = {torch.float32: 0, torch.bfloat16: 14, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
-#: cublasLtMatmulDescAttributes_t: the scales of cuBLASLt's A and B, which are our b and a.
-A_SCALE, B_SCALE = 17, 18
+#: cublasLtMatmulDescAttributes_t: the scales of cuBLASLt's A and B, which are our b and a, and how far one reaches.
+A_SCALE, B_SCALE, A_SCALE_MODE, B_SCALE_MODE = 17, 18, 31, 32
 
 
 class Proposal(ctypes.Structure):
@@ -79,10 +79,12 @@ def prepared(
     strides: tuple[tuple[int, int], ...],
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     fast: bool = False,
+    modes: tuple[int, int] = (0, 0),
 ) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p], list[Proposal]]:
     """Descriptor, layouts and proposals for out [M, N] = a [M, K] · b [K, N]; dtypes of a, b and out. cuBLASLt thinks
     in columns, so it is asked for outᵀ = bᵀ · aᵀ; an operand whose rows lie one after another is to it a transposed
-    one, and is taken as it is. fast: fp8's sums are not promoted on the way."""
+    one, and is taken as it is. fast: fp8's sums are not promoted on the way. modes: of the units of a and b,
+    cublasLtMatmulMatrixScale_t."""
     library, _ = blas()
     (m, n, k), (a_stride, b_stride, out_stride) = sizes, strides
     float32, compute_float32, transpose_a, transpose_b, fast_sum, workspace_limit = 0, 68, 3, 4, 25, 1
@@ -105,6 +107,9 @@ def prepared(
         describe(descriptor, fast_sum, ctypes.c_int8(int(fast)))
         for attribute in (A_SCALE, B_SCALE):
             describe(descriptor, attribute, ctypes.c_void_p(one().data_ptr()))
+        if any(modes):  # which libraries before 12.9 do not know
+            describe(descriptor, A_SCALE_MODE, ctypes.c_int32(modes[1]))
+            describe(descriptor, B_SCALE_MODE, ctypes.c_int32(modes[0]))
     check(library.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
     limit = ctypes.c_uint64(WORKSPACE_BYTES)
     check(
@@ -134,13 +139,14 @@ def product_(
     accumulate: bool = False,
     units: tuple[Tensor, Tensor] | None = None,
     fast: bool = False,
+    modes: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """out = alpha * a · b, or out += that; a and b are bf16, or fp8 with the units of both, fp32 []; out is bf16 or
-    fp32."""
+    """out = alpha * a · b, or out += that; a and b are bf16, or fp8 with the units of both, fp32, whose shapes follow
+    from their modes; out is bf16 or fp32."""
     library, handle = blas()
     sizes, strides = (a.shape[0], b.shape[1], a.shape[1]), (a.stride(), b.stride(), out.stride())
     dtypes = (a.dtype, b.dtype, out.dtype)
-    descriptor, (b_layout, a_layout, out_layout), proposals = prepared(sizes, strides, dtypes, fast)
+    descriptor, (b_layout, a_layout, out_layout), proposals = prepared(sizes, strides, dtypes, fast, modes)
     if units is not None:
         for attribute, unit in ((A_SCALE, units[1]), (B_SCALE, units[0])):
             describe(descriptor, attribute, ctypes.c_void_p(unit.data_ptr()))
