@@ -9,7 +9,7 @@ otherwise. Against it train the hopper schedule's engine of the fp8 target, with
 kernels (tests/formulas.py), and the explicit schedule's, which shares no code with it.
 
 --errors, by G4: the hopper schedule's engine, honest and with defects planted (tests/engine/test_fp8.py), as multiples
-of what the explicit schedule's errs in fp8, and of what it errs in bf16; the worst kind of tensor.
+of what the explicit schedule's errs in fp8, and of what it errs in bf16; the best and the worst kind of tensor.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ def compare_losses(target: Target, steps: int, seeds: int) -> None:
             )
 
 
-def worst(mine: ErrorPool, theirs: ErrorPool) -> float:
-    return max(kind.rms / theirs.kinds[name].rms for name, kind in mine.kinds.items())
+def ratios(mine: ErrorPool, theirs: ErrorPool) -> list[float]:
+    """Of every kind of tensor, in order."""
+    return sorted(kind.rms / theirs.kinds[name].rms for name, kind in mine.kinds.items())
 
 
 def compare_errors(target: Target) -> None:
@@ -98,7 +99,8 @@ def compare_errors(target: Target) -> None:
             theirs, hopper = errors(fp8, Plan.textbook()), Plan({"schedule": "hopper"})
             for defect in (None, *(defect for which, defect in PLANTED if which == scaling)):
                 mine = errors(fp8, hopper, functools.partial(planted, defect) if defect else in_torch)
-                text = f"{worst(mine, theirs):.2f} against fp8, {worst(mine, in_bf16):.1f} against bf16"
+                (low, *_, high), (least, *_, most) = ratios(mine, theirs), ratios(mine, in_bf16)
+                text = f"{low:.2f} to {high:.2f} against fp8, {least:.1f} to {most:.1f} against bf16"
                 print(f"{target.name}, {scaling}, {defect or 'honest'}: {text}", flush=True)
 
 
