@@ -263,11 +263,14 @@ def test_an_engine_computes_in_its_own_precision_alone(tmp_path):
 
 
 @ON_CPU
-@pytest.mark.parametrize(("version", "precision", "message"), [("12.8", "fp8", "12.9"), ("12.8", "fp32", None)])
+@pytest.mark.parametrize(
+    ("version", "precision", "message"), [("12.8", "fp8", "12.9"), ("12.8", "fp32", None), ("12.9", "fp8", None)]
+)
 def test_a_library_without_blocks_is_one_line(version, precision, message, tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text(write_engine(fp8_target(scaling="block"), PLAN))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     monkeypatch.setattr(torch.version, "cuda", version)
     check = functools.partial(load_engine(tmp_path / "a.py").check_device, torch.device("cuda"), precision)
     if message is None:

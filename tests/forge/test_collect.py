@@ -10,7 +10,14 @@ import torch
 
 from forgetrain.errors import UserError
 from forgetrain.forge import collect as collecting
-from forgetrain.forge.collect import ReferenceRejected, collect, environment, open_named, open_or_collect
+from forgetrain.forge.collect import (
+    RANK_STEPS,
+    ReferenceRejected,
+    collect,
+    environment,
+    open_named,
+    open_or_collect,
+)
 from forgetrain.gates.g0 import NEAR
 from forgetrain.gates.g1 import evidence_names
 from forgetrain.golden.record import EVIDENCE, GoldenRecord
@@ -143,16 +150,19 @@ def test_a_reference_that_is_not_installed_names_the_remedy(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "dtype"), [("megatron", "fp32"), ("megatron", "bf16"), ("transformers", "bf16")])
-def test_both_references_at_two_world_sizes(name, dtype, recorded):
-    target = tiny_target(reference={"name": name}, precision={"dtype": dtype})
+@pytest.mark.parametrize(
+    ("name", "dtype", "steps"), [("megatron", "fp32", 4), ("megatron", "bf16", 4), ("transformers", "bf16", 6)]
+)
+def test_both_references_at_two_world_sizes(name, dtype, steps, recorded):
+    target = tiny_target(reference={"name": name}, precision={"dtype": dtype}, gates={"steps": steps})
     record = recorded(target)
     verdict = record.manifest["verdicts"][0]
     other = {"megatron": "transformers", "transformers": "megatron"}[name]
     assert verdict["pass"]
     assert verdict["detail"]["skipped"] == []
     assert verdict["detail"]["errors"][f"{name} against {other}"] < NEAR / 100
-    assert "4 steps at world size 1, 4 steps at world size 2" in verdict["explanation"]
-    assert len(record.trajectory(2)) == 4
+    both = min(steps, RANK_STEPS)
+    assert f"{steps} steps at world size 1, {both} steps at world size 2" in verdict["explanation"]
+    assert len(record.trajectory(2)) == both
     assert record.manifest["reference"]["shims"] == (SHIMS if name == "megatron" else {})
     assert GoldenRecord.open(record.folder).misfit(target, dtype, environment(target)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -80,11 +81,11 @@ def test_a_second_process_compiles_nothing_again_not_even_headers(tmp_path):
 @pytest.mark.slow
 def test_a_candidate_finds_the_compilers_headers_made(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "_made_beforehand", functools.cache(module._made_beforehand.__wrapped__))
     path, cache = toy(tmp_path, step="torch.compile(lambda x: x * 2 + 1)(torch.ones(1000))"), tmp_path / "cache"
     cache.mkdir()
-    module.compilers_own.cache_clear()
     fill_cache(cache, path, "cpu")
-    module.compilers_own.cache_clear()
+    assert [entry.name for entry in tmp_path.glob("forgetrain-*")] == [f"forgetrain-headers-{os.getuid()}"]
     given = {file: file.stat().st_mtime_ns for file in cache.rglob("*") if file.suffix == ".gch"}
     box = sandbox(path, TARGET, cache=cache)
     with EngineProcess(path, TARGET, wrap=box.wrap, limits=box.limits, timeout=300) as engine:
@@ -97,6 +98,28 @@ def test_an_engine_that_compiles_nothing_gets_no_headers(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
     fill_cache(cache, toy(tmp_path), "cpu")
+    assert not any(cache.iterdir())
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize("there", ["a file", "a link to nowhere", "a link", "anybody's", "made, and gone"])
+def test_where_headers_cannot_be_kept_the_candidate_makes_its_own(there, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module, "_made_beforehand", module._made_beforehand.__wrapped__)
+    own, cache = tmp_path / f"forgetrain-headers-{os.getuid()}", tmp_path / "cache"
+    cache.mkdir()
+    if there == "a file":
+        own.write_text("")
+    elif there.startswith("a link"):
+        own.symlink_to(tmp_path / "elsewhere")
+        if there == "a link":
+            (tmp_path / "elsewhere").mkdir()
+    elif there == "anybody's":
+        own.mkdir()
+        own.chmod(0o777)
+    else:
+        monkeypatch.setattr(module, "_made_beforehand", lambda: tmp_path / "gone")
+    fill_cache(cache, toy(tmp_path, step="torch.compile(lambda x: x)"), "cpu")
     assert not any(cache.iterdir())
 
 

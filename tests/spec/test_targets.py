@@ -63,6 +63,8 @@ def test_dimensions_of_the_big_ones():
 def test_blocks_are_of_fp8_operands():
     name = "minicpm5-1b-h200-fp8"
     assert load(name).precision.scaling == "tensor"
+    assert load(name).plain()["precision"] == {"dtype": "fp8", "scaling": "tensor"}
+    assert load(name, "precision.dtype=bf16").plain()["precision"] == {"dtype": "bf16"}
     blocks = load(name, "precision.scaling=block")
     assert blocks.precision.scaling == "block"
     assert blocks.for_reference().precision == load("minicpm5-1b-h200").precision

@@ -109,16 +109,6 @@ def test_a_checkpoint_of_another_target_is_refused(tmp_path, section, changes, k
         run(other, tmp_path, resume=True)
 
 
-def test_a_checkpoint_from_before_a_key_came_was_of_its_default(tmp_path):
-    target, _ = built(tmp_path)
-    run(target, tmp_path, stop_after=2)
-    manifest = tmp_path / target.name / "checkpoints" / "step-00000002" / "manifest.json"
-    held = json.loads(manifest.read_text())
-    del held["target"]["precision"]["scaling"]
-    manifest.write_text(json.dumps(held))
-    assert run(target, tmp_path, resume=True)["finished"]
-
-
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     target, _ = built(tmp_path)
     run(target, tmp_path, stop_after=2)

@@ -254,7 +254,7 @@ def write_hopper(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         sources="\n\n".join(map(_module_source, modules)),
         **chosen,
         fp8=eight,
-        squares=scaling == "block",  # or else, of fp8, largest magnitudes are noted
+        blocks=scaling == "block",  # or else, of fp8, largest magnitudes are noted
         noted=eight and scaling == "tensor",
         dtype="fp8" if eight else "bf16",
         linear="fp8" if eight else "linear",

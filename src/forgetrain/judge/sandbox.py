@@ -30,6 +30,7 @@ import torch
 import forgetrain
 from forgetrain.engine.process import SERVE, strangers_environment
 from forgetrain.errors import UserError
+from forgetrain.judge.scratch import Scratch
 from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.target import Target
 
@@ -46,6 +47,7 @@ _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime"
 #: Bits depend on what torch reads here: cores, caches and memory nodes.
 _SYS_CPU = ("/sys/devices/system/cpu", "/sys/devices/system/node")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
+_HEADERS_KEPT = 3  # environments
 _REGION = "import torch\ntorch.compile(lambda x: x.exp() + 1, dynamic=False)(torch.ones(4096))"
 #: What a GPU's engine may be written for besides torch, and where of it Python must look; bound if it is installed.
 _GPU_PACKAGES, _GPU_PATHS = ("flash-attn-4", "quack-kernels"), (_SITE / "nvidia_cutlass_dsl" / "dsl_packages",)
@@ -152,37 +154,51 @@ def training_sandbox(
 
 
 def fill_cache(cache: Path, engine: Path, device: str) -> None:
-    """Puts into a candidate's new folder for compiled code what torch's compiler makes before it looks at any code:
-    its headers, precompiled, and what it found that the processor can do. That is the same for every candidate and
-    takes 20 seconds of a core, so it is made once on a machine, in a sandbox but by no candidate, and each gets a
-    copy. Nothing is put there for an engine that compiles nothing, nor where there is no sandbox or no compiler."""
+    """Puts into a candidate's new folder for compiled code what torch's compiler makes before it looks at any code,
+    above all its headers, precompiled. That is the same for every candidate and takes ten seconds of a core, so it is
+    made once on a machine, in a sandbox but by no candidate, and each gets a copy. The folder stays empty, and the
+    candidate waits, for an engine that compiles nothing, on a GPU, and where there is no sandbox, compiler or room."""
     if device != "cpu" or b"torch.compile" not in engine.read_bytes():
         return
-    made = compilers_own(device)
-    if made is not None:
-        shutil.copytree(made, cache, dirs_exist_ok=True)
+    try:
+        made = _made_beforehand()
+        if made is not None:
+            shutil.copytree(made, cache, dirs_exist_ok=True)
+    except OSError:
+        shutil.rmtree(cache, ignore_errors=True)  # a header that was copied in part would be taken for a whole one
+        cache.mkdir(exist_ok=True)
 
 
 @functools.cache
-def compilers_own(device: str) -> Path | None:
-    """The folder from which ``fill_cache`` copies, made where it is missing; None where it cannot be made. It lies in
-    the system's temporary folder, as torch's own does, in one that is this user's alone."""
-    program, _ = _working_bubblewrap(device)
-    own = Path(tempfile.gettempdir()) / f"forgetrain-compiler-{os.getuid()}"
+def _made_beforehand() -> Path | None:
+    """The folder that ``fill_cache`` copies, made where it is missing; None where that cannot be. It lies in the
+    system's temporary folder, as torch's own does, in one that is this user's alone. Raises OSError."""
+    program, _ = _working_bubblewrap("cpu")
+    compiler = shutil.which("g++")
+    if not program or compiler is None:
+        return None
+    own = Path(tempfile.gettempdir()) / f"forgetrain-headers-{os.getuid()}"
     own.mkdir(mode=0o700, exist_ok=True)
     status = own.lstat()
-    if not program or not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         return None
-    folder = own / hashlib.sha256(repr((torch.__version__, program)).encode()).hexdigest()[:16]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    folder = own / hashlib.sha256(repr((torch.__version__, version, program)).encode()).hexdigest()[:16]
     if folder.is_dir():
         return folder
-    making = Path(tempfile.mkdtemp(dir=own))
-    command = [*program, *_cache_arguments(making), "--remount-ro", "/", "--", _interpreter(), "-P", "-c", _REGION]
+    scratch = Scratch("compiler")
     try:
-        subprocess.run(command, capture_output=True, env=strangers_environment(device), check=True, timeout=300)
+        making = scratch.path / "made"
+        making.mkdir()
+        command = [*program, *_cache_arguments(making), "--remount-ro", "/", "--", _interpreter(), "-P", "-c", _REGION]
+        subprocess.run(command, capture_output=True, env=strangers_environment("cpu"), check=True, timeout=300)
+        for old in sorted(own.iterdir(), key=os.path.getmtime)[: 1 - _HEADERS_KEPT]:
+            shutil.rmtree(old, ignore_errors=True)  # of another torch or compiler
         making.rename(folder)
     except (subprocess.SubprocessError, OSError):
-        shutil.rmtree(making, ignore_errors=True)  # no compiler; or another process was quicker, whose folder serves
+        pass  # another process may have been quicker: its folder serves as well
+    finally:
+        scratch.close()
     return folder if folder.is_dir() else None
 
 

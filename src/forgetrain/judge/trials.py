@@ -206,7 +206,8 @@ def paired_training(trial: Trial) -> Iterator[Verdict]:
 
 def hidden_training(trial: Trial) -> Iterator[Verdict]:
     """A seed of the candidate's own, twice in different processes; a known-good engine says how far rounding leads,
-    over the judge's own seeds and over this one: of ten seeds one carried it fifteen times as far as the others."""
+    over the judge's own seeds and over this one, for that differs: of ten seeds of a model of two layers nine led an
+    honest engine 5e-6 to 4e-5 of training's way from the reference, the other one 2.9e-4."""
     judge, target, seed = trial.judge, trial.judge.gates_target, derive(trial.seed, "G6")
     start, dtype = _start(target, seed), judge.target.precision.dtype
     references, known = _pool(trial, "reference"), _pool(trial, "peer")

@@ -9,9 +9,9 @@ has the figures).
 glibc gives large blocks back to the kernel when they are freed, and takes fresh pages, which the kernel zeroes, for the
 next ones: a step of nano-cpu then costs 20,000 page faults (docs/decisions/010-kept-memory.md). So it keeps them.
 
-Before it compiles, torch's compiler builds and loads a program for each of the processor's instruction sets, to see
-whether the C++ compiler has them: every compiler that builds torch's headers does. That takes a second of every
-process, and eight where nothing of it is kept; so it is told.
+Before it compiles, torch's compiler builds its vector headers for each of the processor's instruction sets and loads
+what came out, to see whether the C++ compiler can: every one that builds torch's other headers does. That takes a
+second of every process, and several where nothing of it is kept; so it is told.
 
 Bits depend on none of this.
 """

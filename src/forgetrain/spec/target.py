@@ -16,7 +16,14 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from forgetrain.errors import UserError
 from forgetrain.spec.model import Model
@@ -74,6 +81,11 @@ class Precision(Section):
         if self.scaling == "block" and self.dtype != "fp8":
             raise ValueError(f"scaling = 'block' is of fp8 operands, and dtype = {self.dtype!r}; leave it out")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_scaling(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where nothing is scaled the key says nothing: records, ledgers and checkpoints from before it stay good."""
+        return {key: value for key, value in plain(self).items() if key != "scaling" or self.dtype == "fp8"}
 
     @property
     def kept(self) -> Literal["fp32", "bf16"]:

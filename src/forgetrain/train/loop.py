@@ -31,7 +31,7 @@ from forgetrain.numerics.device import check_device
 from forgetrain.numerics.init import InitialWeights
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.stages import stage_at, stages_of
-from forgetrain.spec.target import Target, parse_target
+from forgetrain.spec.target import Target
 from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
 from forgetrain.train.evaluate import HeldOut, evaluate, past_evaluations
@@ -171,8 +171,7 @@ def _find_start(
 
 def _require_same(target: Target, data: DataFolder, found: checkpoint.Checkpoint, console: Console) -> None:
     """Refuses a checkpoint of another target or other data, and prints what else differs."""
-    was = parse_target(found.manifest["target"], file=found.path)  # with defaults of keys that came later
-    before, now = (_flat(tree.plain()) for tree in (was, target))
+    before, now = (_flat(tree) for tree in (found.manifest["target"], target.plain()))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):
             continue
