@@ -60,8 +60,14 @@ def test_what_rounding_explains_passes():
     assert verdict.explanation.endswith("go on bit for bit over 3 steps")
 
 
+@pytest.mark.parametrize(("kind", "distance"), [("loss", 6e-6), ("grad_norm", 8e-5), ("model.norm.weight", 9e-4)])
+def test_what_a_seed_made_of_rounding_passes_where_the_known_good_engine_was_lucky(kind, distance):
+    """The worst of an honest engine in 450 runs."""
+    assert near(HONEST | {kind: distance}).passed
+
+
 @pytest.mark.parametrize(
-    ("kind", "distance"), [("loss", 1e-4), ("grad_norm", 1e-4), ("grad_norm", math.inf), ("model.norm.weight", 0.1)]
+    ("kind", "distance"), [("loss", 1e-4), ("grad_norm", 1e-3), ("grad_norm", math.inf), ("model.norm.weight", 0.1)]
 )
 def test_what_is_further_away_is_named(kind, distance):
     verdict = near(HONEST | {kind: distance})
