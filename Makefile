@@ -43,8 +43,9 @@ preflight:
 ALONE := $(addprefix tests/,forge/test_kills.py judge/test_ledger.py soak \
 	train/test_bad_input.py train/test_command.py train/test_peers.py)
 
+# A file's tests stay together: what they share, collected records and whole runs, is made once.
 test: setup-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --durations 15 -n 2 --dist worksteal $(addprefix --ignore ,$(ALONE))
