@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ from forgetrain.judge import trials
 from forgetrain.judge.clock import Race
 from forgetrain.judge.hidden import Stream, derive, draw_seed
 from forgetrain.judge.sandbox import Sandbox, fill_cache, sandbox
-from forgetrain.judge.scratch import Scratch
+from forgetrain.judge.scratch import Scratch, keep_newest
 from forgetrain.numerics.device import check_device
 from forgetrain.spec.parallel import Parallel
 from forgetrain.spec.target import Target
@@ -249,8 +248,7 @@ class Judge:
         """With a folder for compiled code: some hundred MiB, so only those of the last few candidates are kept."""
         cache = self.scratch / "compiled" / digest
         if not cache.is_dir():
-            for old in sorted(cache.parent.glob("*"), key=os.path.getmtime)[: 1 - COMPILED_KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+            keep_newest(cache.parent, COMPILED_KEPT - 1)
             cache.mkdir(parents=True)
             fill_cache(cache, frozen, self.device)
         os.utime(cache)

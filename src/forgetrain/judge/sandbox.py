@@ -30,7 +30,7 @@ import torch
 import forgetrain
 from forgetrain.engine.process import SERVE, strangers_environment
 from forgetrain.errors import UserError
-from forgetrain.judge.scratch import Scratch
+from forgetrain.judge.scratch import Scratch, keep_newest
 from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.target import Target
 
@@ -192,8 +192,7 @@ def _made_beforehand() -> Path | None:
         making.mkdir()
         command = [*program, *_cache_arguments(making), "--remount-ro", "/", "--", _interpreter(), "-P", "-c", _REGION]
         subprocess.run(command, capture_output=True, env=strangers_environment("cpu"), check=True, timeout=300)
-        for old in sorted(own.iterdir(), key=os.path.getmtime)[: 1 - _HEADERS_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)  # of another torch or compiler
+        keep_newest(own, _HEADERS_KEPT - 1)  # the others are of another torch or compiler
         making.rename(folder)
     except (subprocess.SubprocessError, OSError):
         pass  # another process may have been quicker: its folder serves as well

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +25,12 @@ class Scratch:
     def close(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Removes the folders in ``folder``, which need not exist, but for so many that were last changed."""
+    for old in sorted(folder.glob("*"), key=os.path.getmtime, reverse=True)[count:]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_abandoned(prefix: str) -> None:
