@@ -20,12 +20,12 @@ POINTERS = {
     "rstd_ptr": "*fp32",
     "partial_ptr": "*fp32",
 }
-FLOATS = ("branch_scale", "out_scale", "eps")
+FLOATS = ("branch_scale", "out_scale", "eps", "one")
 NORM = {"D": 1536, "BLOCK": 2048, "ROWS": 2, "PLACES": SLOTS}
 SWIGLU = {"F": 4608, "ROWS": 1, "COLS": 1024, "ALTERNATING": False, "PLACES": SLOTS}
-QUANTISE = {"PLACES": SLOTS, "ROWS": 128, "COLS": 128}
+QUANTISE = {"PLACES": SLOTS, "ROWS": 128, "COLS": 128, "UNIT_STEP": 4}
 BLOCKS = {"TOP": 8, "SIDE": 128}
-E4M3, E5M2 = ({"rows_ptr": kind, "turned_ptr": kind} for kind in ("*fp8e4nv", "*fp8e5"))
+E4M3, E5M2 = ({"rows_ptr": kind, "turned_ptr": "*i32"} for kind in ("*fp8e4nv", "*fp8e5"))
 CASES = [
     (fp8_tensor.largest_kernel, {"PLACES": SLOTS, "BLOCK": 8192}, {}, 8),
     (fp8_tensor.quantise_kernel, {**QUANTISE, "TOP": 8}, E4M3, 8),

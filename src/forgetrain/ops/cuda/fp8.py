@@ -30,6 +30,7 @@ from forgetrain.ops.cuda.linear import linear_forward, linear_input_grad, linear
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 #: Both types' largest numbers are 1.75 times a power of two, whose exponent this is: 448 and 57344.
 TOP = {E4M3: 8, E5M2: 15}
+BITS = 8  # of a number
 #: How far a unit of rows [R, K] reaches, as cuBLASLt numbers it: one of all, []; one of 128 of a row, [K / 128, R]; or
 #: one of 128 x 128, [R / 128, K / 128], whose rows it wants in fours. The last of a row or a column is of what is left.
 WHOLE, SPANS, SQUARES = 0, 4, 5
@@ -60,6 +61,59 @@ def scale_and_unit(largest, TOP: tl.constexpr):
     scale = ((power + 127) << 23).to(tl.float32, bitcast=True)
     unit = tl.where(largest >= 0x7F800000, 0x7FC00000, (127 - power) << 23).to(tl.float32, bitcast=True)
     return scale, unit
+
+
+@triton.jit
+def load_four(x_ptr, row, col, rows, cols):
+    """Of x [rows, cols] the rows four [W] begin with, the ones after those and so on: four of [W, C] in fp32. Rows come
+    in fours."""
+    at, inside = x_ptr + row[:, None] * cols + col[None, :], (row[:, None] < rows) & (col[None, :] < cols)
+    a = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(at + cols, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(at + 2 * cols, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(at + 3 * cols, mask=inside, other=0.0).to(tl.float32)
+    return a, b, c, d
+
+
+@triton.jit
+def store_four(rows_ptr, a, b, c, d, row, col, rows, cols):
+    """The numbers of such rows, in fp8, where they were loaded from in rows [rows, cols]."""
+    at, inside = rows_ptr + row[:, None] * cols + col[None, :], (row[:, None] < rows) & (col[None, :] < cols)
+    tl.store(at, a, mask=inside)
+    tl.store(at + cols, b, mask=inside)
+    tl.store(at + 2 * cols, c, mask=inside)
+    tl.store(at + 3 * cols, d, mask=inside)
+
+
+@triton.jit
+def store_turned(turned_ptr, a, b, c, d, word, col, words, cols, bits):
+    """And turned, as words of four numbers, int32, into turned [cols, words]: what is turned goes from thread to
+    thread, and byte by byte that takes four times as many steps. bits: BITS, not known to compilers, since of a
+    constant they make what ptxas 12.8 dies of."""
+    a, b = a.to(tl.uint8, bitcast=True).to(tl.int32), b.to(tl.uint8, bitcast=True).to(tl.int32)
+    c, d = c.to(tl.uint8, bitcast=True).to(tl.int32), d.to(tl.uint8, bitcast=True).to(tl.int32)
+    at = turned_ptr + col[:, None].to(tl.int64) * words + word[None, :]
+    four = (a | (b << bits)) | ((c | (d << bits)) << (2 * bits))
+    tl.store(at, tl.trans(four), mask=(col[:, None] < cols) & (word[None, :] < words))
+
+
+@triton.jit
+def store_both(rows_ptr, turned_ptr, a, b, c, d, scale, word, col, rows, cols, words, bits, one):
+    """Four rows each of x, times the scale, as they lie and turned. one: 1.0, not known to compilers either, so that
+    numbers are rounded once for each: those that are both stored and taken apart ptxas 12.8 mixes up."""
+    kind: tl.constexpr = rows_ptr.dtype.element_ty
+    row, again = 4 * word.to(tl.int64), scale * one
+    store_four(
+        rows_ptr, (a * scale).to(kind), (b * scale).to(kind), (c * scale).to(kind), (d * scale).to(kind),
+        row, col, rows, cols,
+    )  # fmt: skip
+    a, b, c, d = (a * again).to(kind), (b * again).to(kind), (c * again).to(kind), (d * again).to(kind)
+    store_turned(turned_ptr, a, b, c, d, word, col, words, cols, bits)
+
+
+def words(turned: Tensor) -> Tensor:
+    """Turned numbers [.., C, R] as the kernels store them, four in one: [.., C, R / 4]."""
+    return turned.view(torch.int32)
 
 
 def widened(numbers: Tensor, unit: Tensor, mode: int) -> Tensor:

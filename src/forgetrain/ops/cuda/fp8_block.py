@@ -16,45 +16,83 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forgetrain.ops.cuda.fp8 import E4M3, SPANS, SQUARES, TOP, Fp8, scale_and_unit
+from forgetrain.ops.cuda.fp8 import (
+    BITS,
+    E4M3,
+    SPANS,
+    SQUARES,
+    TOP,
+    Fp8,
+    load_four,
+    scale_and_unit,
+    store_both,
+    store_four,
+    store_turned,
+    words,
+)  # fmt: skip
+
+
+@triton.jit
+def magnitude(x):
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def span_of_row(x, unit_ptr, row, rows, TOP: tl.constexpr):
+    """What the numbers of x [W, C] are multiplied by, row by row; their units are stored."""
+    scale, unit = scale_and_unit(tl.max(magnitude(x), axis=1), TOP)
+    tl.store(unit_ptr + row, unit, mask=row < rows)
+    return scale[:, None]
 
 
 @triton.jit
 def quantise_spans_kernel(
-    x_ptr, rows_ptr, turned_ptr, unit_ptr, turned_unit_ptr, rows, cols, TOP: tl.constexpr, SIDE: tl.constexpr
+    x_ptr,
+    rows_ptr,
+    turned_ptr,
+    unit_ptr,
+    turned_unit_ptr,
+    rows,
+    cols,
+    words,
+    bits,
+    TOP: tl.constexpr,
+    SIDE: tl.constexpr,
 ):
-    row, col = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
-    row = row.to(tl.int64)
-    inside = (row[:, None] < rows) & (col[None, :] < cols)
-    x = tl.load(x_ptr + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    scale, unit = scale_and_unit(tl.max(magnitude, axis=1), TOP)
-    number = (x * scale[:, None]).to(rows_ptr.dtype.element_ty)
-    tl.store(rows_ptr + row[:, None] * cols + col[None, :], number, mask=inside)
-    tl.store(unit_ptr + tl.program_id(1).to(tl.int64) * rows + row, unit, mask=row < rows)
-    scale, unit = scale_and_unit(tl.max(magnitude, axis=0), TOP)
-    number = (x * scale[None, :]).to(rows_ptr.dtype.element_ty)
-    at = turned_ptr + col.to(tl.int64)[:, None] * rows + row[None, :]
-    tl.store(at, tl.trans(number), mask=tl.trans(inside))
-    tl.store(turned_unit_ptr + tl.program_id(0).to(tl.int64) * cols + col, unit, mask=col < cols)
+    high, wide = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    word, col = high * (SIDE // 4) + tl.arange(0, SIDE // 4), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    row = 4 * word.to(tl.int64)
+    kind: tl.constexpr = rows_ptr.dtype.element_ty
+    a, b, c, d = load_four(x_ptr, row, col, rows, cols)
+    units = unit_ptr + wide * rows
+    store_four(
+        rows_ptr,
+        (a * span_of_row(a, units, row, rows, TOP)).to(kind),
+        (b * span_of_row(b, units, row + 1, rows, TOP)).to(kind),
+        (c * span_of_row(c, units, row + 2, rows, TOP)).to(kind),
+        (d * span_of_row(d, units, row + 3, rows, TOP)).to(kind),
+        row, col, rows, cols,
+    )  # fmt: skip
+    largest = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
+    scale, unit = scale_and_unit(tl.max(largest, axis=0), TOP)
+    tl.store(turned_unit_ptr + high.to(tl.int64) * cols + col, unit, mask=col < cols)
+    scale = scale[None, :]
+    a, b, c, d = (a * scale).to(kind), (b * scale).to(kind), (c * scale).to(kind), (d * scale).to(kind)
+    store_turned(turned_ptr, a, b, c, d, word, col, words, cols, bits)
 
 
 @triton.jit
 def quantise_squares_kernel(
-    x_ptr, rows_ptr, turned_ptr, unit_ptr, turned_unit_ptr, rows, cols, x_step, across, down,
+    x_ptr, rows_ptr, turned_ptr, unit_ptr, turned_unit_ptr, rows, cols, words, bits, one, x_step, across, down,
     TOP: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     high, wide, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = (high * SIDE + tl.arange(0, SIDE)).to(tl.int64)[:, None]
-    col = (wide * SIDE + tl.arange(0, SIDE))[None, :]
-    inside = (row < rows) & (col < cols)
-    x = tl.load(x_ptr + part * x_step + row * cols + col, mask=inside, other=0.0).to(tl.float32)
-    scale, unit = scale_and_unit(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF), TOP)
-    number = (x * scale).to(rows_ptr.dtype.element_ty)
-    begin = part * rows * cols
-    tl.store(rows_ptr + begin + row * cols + col, number, mask=inside)
-    at = turned_ptr + begin + tl.trans(col).to(tl.int64) * rows + tl.trans(row)
-    tl.store(at, tl.trans(number), mask=tl.trans(inside))
+    word, col = high * (SIDE // 4) + tl.arange(0, SIDE // 4), wide * SIDE + tl.arange(0, SIDE)
+    a, b, c, d = load_four(x_ptr + part * x_step, 4 * word.to(tl.int64), col, rows, cols)
+    largest = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
+    scale, unit = scale_and_unit(tl.max(largest), TOP)
+    first = part * rows * cols, part * cols * words
+    store_both(rows_ptr + first[0], turned_ptr + first[1], a, b, c, d, scale, word, col, rows, cols, words, bits, one)
     tl.store(unit_ptr + (part * tl.num_programs(0) + high) * across + wide, unit)
     tl.store(turned_unit_ptr + (part * tl.num_programs(1) + wide) * down + high, unit)
 
@@ -65,7 +103,10 @@ def quantise_spans(x: Tensor) -> Fp8:
     grid = (-(-rows // 128), -(-cols // 128))
     numbers = (torch.empty(*sides, dtype=E4M3, device=x.device) for sides in ((rows, cols), (cols, rows)))
     out = Fp8(*numbers, torch.empty(grid[1], rows, **like), torch.empty(grid[0], cols, **like), SPANS)
-    quantise_spans_kernel[grid](x, *out[:4], rows, cols, TOP=TOP[E4M3], SIDE=128, num_warps=8)
+    quantise_spans_kernel[grid](
+        x, out.rows, words(out.turned), out.unit, out.turned_unit, rows, cols, rows // 4, BITS,
+        TOP=TOP[E4M3], SIDE=128, num_warps=8,
+    )  # fmt: skip
     return out
 
 
@@ -74,7 +115,8 @@ def quantise_squares_(x: Tensor, out: Fp8) -> Fp8:
     parts, rows, cols = x.shape
     grid = (-(-rows // 128), -(-cols // 128), parts)
     quantise_squares_kernel[grid](
-        x, *out[:4], rows, cols, x.stride(0), out.unit.shape[2], out.turned_unit.shape[2],
+        x, out.rows, words(out.turned), out.unit, out.turned_unit, rows, cols, rows // 4, BITS, 1.0,
+        x.stride(0), out.unit.shape[2], out.turned_unit.shape[2],
         TOP=TOP[E4M3], SIDE=128, num_warps=8,
     )  # fmt: skip
     return out

@@ -15,8 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from forgetrain.ops.cuda.fp8 import E4M3, E5M2, TOP, WHOLE, Fp8, scale_and_unit
+from forgetrain.ops.cuda.fp8 import BITS, E4M3, E5M2, TOP, WHOLE, Fp8, load_four, scale_and_unit, store_both, words
 from forgetrain.ops.cuda.largest import note_largest
+
+#: Units of a stack lie 16 bytes apart: cuBLASLt multiplies by none that lies elsewhere, and says status 15.
+UNIT_STEP = 4
 
 
 @triton.jit
@@ -28,23 +31,19 @@ def largest_kernel(x_ptr, largest_ptr, size, x_step, PLACES: tl.constexpr, BLOCK
 
 @triton.jit
 def quantise_kernel(
-    x_ptr, largest_ptr, rows_ptr, turned_ptr, unit_ptr, rows, cols, x_step,
-    TOP: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    x_ptr, largest_ptr, rows_ptr, turned_ptr, unit_ptr, rows, cols, words, bits, one, x_step,
+    TOP: tl.constexpr, PLACES: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, UNIT_STEP: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(2).to(tl.int64)
     largest = tl.max(tl.load(largest_ptr + part * PLACES + tl.arange(0, PLACES)))
     scale, unit = scale_and_unit(largest, TOP)
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
-    inside = (row < rows) & (col < cols)
-    x = tl.load(x_ptr + part * x_step + row * cols + col, mask=inside, other=0.0).to(tl.float32)
-    number = (x * scale).to(rows_ptr.dtype.element_ty)
-    begin = part * rows * cols
-    tl.store(rows_ptr + begin + row * cols + col, number, mask=inside)
-    at = turned_ptr + begin + tl.trans(col).to(tl.int64) * rows + tl.trans(row)
-    tl.store(at, tl.trans(number), mask=tl.trans(inside))
+    word = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    a, b, c, d = load_four(x_ptr + part * x_step, 4 * word.to(tl.int64), col, rows, cols)
+    first = part * rows * cols, part * cols * words
+    store_both(rows_ptr + first[0], turned_ptr + first[1], a, b, c, d, scale, word, col, rows, cols, words, bits, one)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(unit_ptr + part, unit)
+        tl.store(unit_ptr + part * UNIT_STEP, unit)
 
 
 def find_largest_(x: Tensor, largest: Tensor) -> Tensor:
@@ -61,8 +60,8 @@ def quantise_(x: Tensor, largest: Tensor, out: Fp8) -> Fp8:
     parts, (rows, cols) = (1 if x.dim() == 2 else x.shape[0]), x.shape[-2:]
     grid = (triton.cdiv(rows, 128), triton.cdiv(cols, 128), parts)
     quantise_kernel[grid](
-        x, largest, out.rows, out.turned, out.unit, rows, cols, x.stride(0),
-        TOP=TOP[out.turned.dtype], PLACES=largest.shape[-1], ROWS=128, COLS=128, num_warps=8,
+        x, largest, out.rows, words(out.turned), out.unit, rows, cols, rows // 4, BITS, 1.0, x.stride(0),
+        TOP=TOP[out.turned.dtype], PLACES=largest.shape[-1], ROWS=128, COLS=128, UNIT_STEP=UNIT_STEP, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -75,5 +74,5 @@ def empty_fp8(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device |
     """Of a matrix, or of a stack of them."""
     *stack, rows, cols = shape
     both = (torch.empty(*stack, *sides, dtype=dtype, device=device) for sides in ((rows, cols), (cols, rows)))
-    unit = torch.empty(stack, dtype=torch.float32, device=device)
+    unit = torch.empty(*stack, UNIT_STEP, dtype=torch.float32, device=device)[..., 0]
     return Fp8(*both, unit, unit, WHOLE)
