@@ -57,6 +57,7 @@ MODEL = {
 }
 DOCUMENTS = "ignore"
 DETERMINISTIC = False  # the attention's backward adds in an order of its own
+PRECISIONS = ("fp32", "bf16")  # the first for gates
 LAYERS, HEADS, GROUPS, HEAD_DIM = 24, 16, 2, 128
 HIDDEN, INTERMEDIATE, VOCAB = 1536, 4608, 130560
 Q_WIDTH, KV_WIDTH = HEADS * HEAD_DIM, GROUPS * HEAD_DIM
@@ -65,6 +66,21 @@ EMBEDDING_SCALE, RESIDUAL_SCALE, HEAD_SCALE = 1.0, 1.0, 1.0
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Ops.
+
+
+# The largest magnitude of what a kernel writes, gathered on the way: fp8 operands are scaled by it.
+#
+# A magnitude is the bits of an fp32 number without its sign, int32: in the order of the numbers, infinity above all
+# finite ones and NaN above it, and the largest of many is the same in whatever order they come. Programs share SLOTS
+# places, since at a single one they would wait for each other; who reads takes the largest of all.
+
+SLOTS = 128
+
+
+@triton.jit
+def note_largest(largest_ptr, x, PLACES: tl.constexpr):
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    tl.atomic_max(largest_ptr + tl.program_id(0) % PLACES, tl.max(bits), sem="relaxed")
 
 
 # Products by cuBLASLt, which lets us name the algorithm.
@@ -79,9 +95,15 @@ EMBEDDING_SCALE, RESIDUAL_SCALE, HEAD_SCALE = 1.0, 1.0, 1.0
 # ``rank`` says which algorithm of those that cuBLASLt proposes for the shape, best guess first, is taken: its guess is
 # often not the fastest. A number written down, and not a race at start-up, so that a run can be repeated bit for bit on
 # the same GPU and version of cuBLAS. In fp32, and on a CPU, torch's own product is taken, and rank means nothing.
+#
+# Operands are bf16; or fp8, each with units on the device that its numbers are multiplied by.
 
 WORKSPACE_BYTES = 64 << 20
 PROPOSALS = 8
+#: cudaDataType_t.
+TYPES = {torch.float32: 0, torch.bfloat16: 14, torch.float8_e4m3fn: 28, torch.float8_e5m2: 29}
+#: cublasLtMatmulDescAttributes_t: the scales of cuBLASLt's A and B, which are our b and a, and how far one reaches.
+A_SCALE, B_SCALE, A_SCALE_MODE, B_SCALE_MODE = 17, 18, 31, 32
 
 
 class Proposal(ctypes.Structure):
@@ -117,31 +139,53 @@ def workspace(stream: int) -> Tensor:
 
 
 @functools.cache
+def one() -> Tensor:
+    """The unit with which proposals are asked for."""
+    return torch.ones((), dtype=torch.float32, device="cuda")
+
+
+def describe(descriptor: ctypes.c_void_p, attribute: int, value: ctypes._SimpleCData) -> None:
+    size = ctypes.c_size_t(ctypes.sizeof(value))
+    check(blas()[0].cublasLtMatmulDescSetAttribute(descriptor, attribute, ctypes.byref(value), size))
+
+
+@functools.cache
 def prepared(
-    sizes: tuple[int, int, int], strides: tuple[tuple[int, int], ...], out_dtype: torch.dtype
+    sizes: tuple[int, int, int],
+    strides: tuple[tuple[int, int], ...],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    fast: bool = False,
+    modes: tuple[int, int] = (0, 0),
 ) -> tuple[ctypes.c_void_p, list[ctypes.c_void_p], list[Proposal]]:
-    """Descriptor, layouts and proposals for out [M, N] = a [M, K] · b [K, N] in bf16. cuBLASLt thinks in columns, so it
-    is asked for outᵀ = bᵀ · aᵀ; an operand whose rows lie one after another is to it a transposed one, and is taken as
-    it is."""
+    """Descriptor, layouts and proposals for out [M, N] = a [M, K] · b [K, N]; dtypes of a, b and out. cuBLASLt thinks
+    in columns, so it is asked for outᵀ = bᵀ · aᵀ; an operand whose rows lie one after another is to it a transposed
+    one, and is taken as it is. fast: fp8's sums are not promoted on the way. modes: of the units of a and b,
+    cublasLtMatmulMatrixScale_t."""
     library, _ = blas()
     (m, n, k), (a_stride, b_stride, out_stride) = sizes, strides
-    float32, bfloat16, compute_float32, transpose_a, transpose_b, workspace_limit = 0, 14, 68, 3, 4, 1
+    float32, compute_float32, transpose_a, transpose_b, fast_sum, workspace_limit = 0, 68, 3, 4, 25, 1
 
-    def layout(dtype: int, rows: int, cols: int, stride: tuple[int, int]) -> tuple[ctypes.c_void_p, bool]:
+    def layout(dtype: torch.dtype, rows: int, cols: int, stride: tuple[int, int]) -> tuple[ctypes.c_void_p, bool]:
         by_rows = stride[1] == 1
         shape = (cols, rows, stride[0]) if by_rows else (rows, cols, stride[1])
         found = ctypes.c_void_p()
-        check(library.cublasLtMatrixLayoutCreate(ctypes.byref(found), dtype, *map(ctypes.c_int64, shape)))
+        check(library.cublasLtMatrixLayoutCreate(ctypes.byref(found), TYPES[dtype], *map(ctypes.c_int64, shape)))
         return found, not by_rows
 
-    b_layout, b_turned = layout(bfloat16, k, n, b_stride)
-    a_layout, a_turned = layout(bfloat16, m, k, a_stride)
-    out_layout, _ = layout(float32 if out_dtype == torch.float32 else bfloat16, m, n, out_stride)
+    b_layout, b_turned = layout(dtypes[1], k, n, b_stride)
+    a_layout, a_turned = layout(dtypes[0], m, k, a_stride)
+    out_layout, _ = layout(dtypes[2], m, n, out_stride)
     descriptor, preference = ctypes.c_void_p(), ctypes.c_void_p()
     check(library.cublasLtMatmulDescCreate(ctypes.byref(descriptor), compute_float32, float32))
     for attribute, turned in ((transpose_a, b_turned), (transpose_b, a_turned)):
-        value = ctypes.c_int32(int(turned))
-        check(library.cublasLtMatmulDescSetAttribute(descriptor, attribute, ctypes.byref(value), ctypes.c_size_t(4)))
+        describe(descriptor, attribute, ctypes.c_int32(int(turned)))
+    if dtypes[0].itemsize == 1:
+        describe(descriptor, fast_sum, ctypes.c_int8(int(fast)))
+        for attribute in (A_SCALE, B_SCALE):
+            describe(descriptor, attribute, ctypes.c_void_p(one().data_ptr()))
+        if any(modes):  # which libraries before 12.9 do not know
+            describe(descriptor, A_SCALE_MODE, ctypes.c_int32(modes[1]))
+            describe(descriptor, B_SCALE_MODE, ctypes.c_int32(modes[0]))
     check(library.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
     limit = ctypes.c_uint64(WORKSPACE_BYTES)
     check(
@@ -158,15 +202,30 @@ def prepared(
     )
     check(library.cublasLtMatmulPreferenceDestroy(preference))
     if count.value == 0:
-        raise RuntimeError(f"cuBLASLt has no algorithm for {m} x {k} x {n} with strides {strides}")
+        raise RuntimeError(f"cuBLASLt has no algorithm for {m} x {k} x {n} of {dtypes} with strides {strides}")
     return descriptor, layouts, list(proposals[: count.value])
 
 
-def product_(out: Tensor, a: Tensor, b: Tensor, rank: int, alpha: float = 1.0, accumulate: bool = False) -> Tensor:
-    """out = alpha * a · b, or out += that; a and b are bf16, out is bf16 or fp32."""
+def product_(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    rank: int,
+    alpha: float = 1.0,
+    accumulate: bool = False,
+    units: tuple[Tensor, Tensor] | None = None,
+    fast: bool = False,
+    modes: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """out = alpha * a · b, or out += that; a and b are bf16, or fp8 with the units of both, fp32, whose shapes follow
+    from their modes; out is bf16 or fp32."""
     library, handle = blas()
     sizes, strides = (a.shape[0], b.shape[1], a.shape[1]), (a.stride(), b.stride(), out.stride())
-    descriptor, (b_layout, a_layout, out_layout), proposals = prepared(sizes, strides, out.dtype)
+    dtypes = (a.dtype, b.dtype, out.dtype)
+    descriptor, (b_layout, a_layout, out_layout), proposals = prepared(sizes, strides, dtypes, fast, modes)
+    if units is not None:
+        for attribute, unit in ((A_SCALE, units[1]), (B_SCALE, units[0])):
+            describe(descriptor, attribute, ctypes.c_void_p(unit.data_ptr()))
     stream = torch.cuda.current_stream().cuda_stream
     scratch = workspace(stream)
     pointer = ctypes.c_void_p
@@ -193,23 +252,27 @@ def product_(out: Tensor, a: Tensor, b: Tensor, rank: int, alpha: float = 1.0, a
     return out
 
 
+def by_torch(x: Tensor) -> bool:
+    return x.dtype == torch.float32 or not x.is_cuda
+
+
 def linear_forward(x: Tensor, weight: Tensor, rank: int) -> Tensor:
-    if x.dtype == torch.float32:
+    if by_torch(x):
         return torch.mm(x, weight.t())
     return product_(x.new_empty(x.shape[0], weight.shape[0]), x, weight.t(), rank)
 
 
 def linear_input_grad(d_y: Tensor, weight: Tensor, rank: int, alpha: float = 1.0) -> Tensor:
     d_x = d_y.new_empty(d_y.shape[0], weight.shape[1])
-    if d_y.dtype == torch.float32:
+    if by_torch(d_y):
         return torch.addmm(d_x, d_y, weight, beta=0.0, alpha=alpha, out=d_x)
     return product_(d_x, d_y, weight, rank, alpha)
 
 
 def linear_weight_grad_(grad: Tensor, d_y: Tensor, x: Tensor, rank: int, alpha: float = 1.0) -> None:
     """Adds alpha * d_yᵀ · x to grad."""
-    if x.dtype == torch.float32:
-        torch.addmm(grad, d_y.t(), x, alpha=alpha, out=grad)
+    if by_torch(x):
+        torch.addmm(grad, d_y.t().float(), x.float(), alpha=alpha, out=grad)
     else:
         product_(grad, d_y.t(), x, rank, alpha, accumulate=True)
 
@@ -282,15 +345,16 @@ def embedding_backward_(tokens: Tensor, d_x: Tensor, grad: Tensor, scale: float)
 # (RMSNorm: arXiv 1910.07467.) x, branch, sum, y are [T, D] in the activations' dtype, weight [D] in the weights'
 # dtype, rstd [T] fp32. Arithmetic and sums are fp32; the norm is taken of the rounded sum, which is what backward reads
 # again. Backward leaves each program's share of the weight's gradient in fp32 partials, which ``norm_weight_grad_``
-# adds in a fixed order: no atomics, so the same bits every time.
+# adds in a fixed order: no atomics, so the same bits every time. Where ``largest`` is given, int32 [SLOTS], the largest
+# magnitude of y, or of the gradient, is noted there.
 
 NORM_PROGRAMS = 1056  # of the backward kernel, at most: eight on each of an H200's 132 multiprocessors
 
 
 @triton.jit
 def add_norm_kernel(
-    x_ptr, branch_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, rows, branch_scale, out_scale, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BRANCH: tl.constexpr,
+    x_ptr, branch_ptr, weight_ptr, sum_ptr, y_ptr, rstd_ptr, largest_ptr, rows, branch_scale, out_scale, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_BRANCH: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK)[None, :]
@@ -304,14 +368,17 @@ def add_norm_kernel(
         x = rounded.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / D + eps)
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, x * rstd[:, None] * weight * out_scale, mask=inside)
+    y = (x * rstd[:, None] * weight * out_scale).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=inside)
+    if PLACES:
+        note_largest(largest_ptr, y, PLACES)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
 @triton.jit
 def norm_backward_kernel(
-    d_y_ptr, x_ptr, rstd_ptr, weight_ptr, d_residual_ptr, d_x_ptr, partial_ptr, rows, out_scale,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    d_y_ptr, x_ptr, rstd_ptr, weight_ptr, d_residual_ptr, d_x_ptr, partial_ptr, largest_ptr, rows, out_scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK)[None, :]
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
@@ -331,7 +398,10 @@ def norm_backward_kernel(
         d_x = rstd * (d_normed - normed * (tl.sum(d_normed * normed, axis=1)[:, None] / D))
         if HAS_RESIDUAL:
             d_x += d_residual
+        d_x = d_x.to(d_x_ptr.dtype.element_ty)
         tl.store(d_x_ptr + at, d_x, mask=inside)
+        if PLACES:
+            note_largest(largest_ptr, d_x, PLACES)
     col = tl.arange(0, BLOCK)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + col, tl.sum(d_weight, axis=0), mask=col < D)
 
@@ -352,15 +422,22 @@ def norm_weight_grad_kernel(
 
 
 def add_norm_forward(
-    x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, branch_scale: float = 1.0, out_scale: float = 1.0
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    branch_scale: float = 1.0,
+    out_scale: float = 1.0,
+    largest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x, branch) -> (sum, y, rstd); without a branch the sum is x itself."""
     rows, width = x.shape
     y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
     total = x if branch is None else torch.empty_like(x)
     add_norm_kernel[(triton.cdiv(rows, 2),)](
-        x, x if branch is None else branch, weight, total, y, rstd, rows, branch_scale, out_scale, eps,
-        D=width, BLOCK=triton.next_power_of_2(width), ROWS=2, HAS_BRANCH=branch is not None, num_warps=4,
+        x, x if branch is None else branch, weight, total, y, rstd, largest, rows, branch_scale, out_scale, eps,
+        D=width, BLOCK=triton.next_power_of_2(width), ROWS=2, HAS_BRANCH=branch is not None,
+        PLACES=0 if largest is None else largest.numel(), num_warps=4,
     )  # fmt: skip
     return total, y, rstd
 
@@ -371,6 +448,7 @@ def add_norm_backward(
     d_residual: Tensor | None,
     partial: Tensor,
     out_scale: float = 1.0,
+    largest: Tensor | None = None,
 ) -> Tensor:
     """saved: (sum, rstd, weight). Returns the gradient of the sum, d_residual included: that of x, and of the branch
     before its scale. ``partial`` [programs, D] fp32 takes the weight's gradient in pieces, one from each program."""
@@ -379,8 +457,9 @@ def add_norm_backward(
     d_x = torch.empty_like(total)
     block, few = triton.next_power_of_2(width), width > 1024  # wide rows: few warps, two rows a turn
     norm_backward_kernel[(partial.shape[0],)](
-        d_y, total, rstd, weight, d_y if d_residual is None else d_residual, d_x, partial, rows, out_scale,
-        D=width, BLOCK=block, ROWS=2 if few else 1, HAS_RESIDUAL=d_residual is not None, num_warps=2 if few else 4,
+        d_y, total, rstd, weight, d_y if d_residual is None else d_residual, d_x, partial, largest, rows, out_scale,
+        D=width, BLOCK=block, ROWS=2 if few else 1, HAS_RESIDUAL=d_residual is not None,
+        PLACES=0 if largest is None else largest.numel(), num_warps=2 if few else 4,
     )  # fmt: skip
     return d_x
 
@@ -398,7 +477,8 @@ def norm_weight_grad_(partial: Tensor, grad: Tensor) -> None:
 # qkv is [T, (H + 2G) * K]: all query heads, then key heads, then value heads. Forward turns queries and keys where
 # they lie. Backward turns the gradients that attention left back: where they lie too, or, if they are three tensors,
 # packing them, dv included, in the same pass. Tables are cos and sin [S, K / 2] in fp32, arithmetic is fp32 and rounds
-# once. A token's position is its index modulo S.
+# once. A token's position is its index modulo S, less where in its row its document begins if that is given: ``first``
+# [T], int32.
 #
 #     first' = first * cos - second * sin        second' = second * cos + first * sin
 
@@ -412,14 +492,17 @@ def rope_tables(length: int, head_dim: int, theta: float, device: str) -> tuple[
 
 @triton.jit
 def rope_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, tokens, length,
+    qkv_ptr, cos_ptr, sin_ptr, first_ptr, tokens, length,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    HEADS_EACH: tl.constexpr, BACK: tl.constexpr,
+    HEADS_EACH: tl.constexpr, BACK: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, HALF)
     inside = (row[:, None] < tokens) & (col[None, :] < K // 2)
-    table = (row % length)[:, None] * (K // 2) + col[None, :]
+    position = row % length
+    if RESET:
+        position -= tl.load(first_ptr + row, mask=row < tokens, other=0)
+    table = position[:, None] * (K // 2) + col[None, :]
     cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
     if BACK:
@@ -436,14 +519,18 @@ def rope_kernel(
 
 @triton.jit
 def rope_backward_kernel(
-    dq_ptr, dk_ptr, dv_ptr, out_ptr, cos_ptr, sin_ptr, tokens, length,
+    dq_ptr, dk_ptr, dv_ptr, out_ptr, cos_ptr, sin_ptr, first_ptr, tokens, length,
     H: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr,
+    RESET: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     wide = row.to(tl.int64)[:, None]
     col = tl.arange(0, HALF)[None, :]
     inside = (row[:, None] < tokens) & (col < K // 2)
-    table = (row % length)[:, None] * (K // 2) + col
+    position = row % length
+    if RESET:
+        position -= tl.load(first_ptr + row, mask=row < tokens, other=0)
+    table = position[:, None] * (K // 2) + col
     cos = tl.load(cos_ptr + table, mask=inside, other=0.0)
     sin = tl.load(sin_ptr + table, mask=inside, other=0.0)
     part = tl.program_id(1)  # one key/value head with its queries
@@ -471,35 +558,50 @@ def rope_backward_kernel(
     tl.store(out + (H + G + part) * K + K // 2, v_second, mask=inside)
 
 
-def rope_forward_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int) -> None:
+def rope_forward_(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int, first: Tensor | None = None
+) -> None:
     """Turns the H query and G key heads of qkv [T, (H + 2G) * K] in place."""
-    turn_(qkv, cos, sin, heads + groups, head_dim, back=False)
+    turn_(qkv, cos, sin, heads + groups, head_dim, first, back=False)
 
 
-def rope_backward_(d_qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int) -> Tensor:
+def rope_backward_(
+    d_qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_dim: int, first: Tensor | None = None
+) -> Tensor:
     """Turns the gradient of qkv back in place, and returns it."""
-    turn_(d_qkv, cos, sin, heads + groups, head_dim, back=True)
+    turn_(d_qkv, cos, sin, heads + groups, head_dim, first, back=True)
     return d_qkv
 
 
-def turn_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, back: bool) -> None:
+def turn_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_dim: int, first: Tensor | None, back: bool) -> None:
     tokens, width = qkv.shape
     rows, each = 16, 3
     rope_kernel[(triton.cdiv(tokens, rows), triton.cdiv(heads, each))](
-        qkv, cos, sin, tokens, cos.shape[0], WIDTH=width, HEADS=heads, K=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, HEADS_EACH=each, BACK=back, num_warps=4,
+        qkv, cos, sin, first, tokens, cos.shape[0], WIDTH=width, HEADS=heads, K=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, HEADS_EACH=each, BACK=back, RESET=first is not None,
+        num_warps=4,
     )  # fmt: skip
 
 
-def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, groups: int, head_dim: int) -> Tensor:
+def rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    groups: int,
+    head_dim: int,
+    first: Tensor | None = None,
+) -> Tensor:
     """dq [T, H * K]; dk, dv [T, C * G * K], where each of the G heads has C copies side by side (C = R when attention
     was given expanded heads, else 1), which are summed in fp32. Returns the gradient of qkv [T, (H + 2G) * K]."""
     tokens, heads = dq.shape[0], dq.shape[1] // head_dim
     out = torch.empty(tokens, (heads + 2 * groups) * head_dim, dtype=dq.dtype, device=dq.device)
     rows = 16
     rope_backward_kernel[(triton.cdiv(tokens, rows), groups)](
-        dq, dk, dv, out, cos, sin, tokens, cos.shape[0], H=heads, G=groups, K=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, COPIES=dk.shape[1] // (groups * head_dim), num_warps=4,
+        dq, dk, dv, out, cos, sin, first, tokens, cos.shape[0], H=heads, G=groups, K=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2), ROWS=rows, COPIES=dk.shape[1] // (groups * head_dim),
+        RESET=first is not None, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -508,7 +610,8 @@ def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, 
 #
 # qkv is [T, (H + 2G) * K] as RoPE leaves it; queries, keys and values are views of it, and no head is copied. The
 # context is [T, H * K]. cuDNN takes bf16, accumulates in fp32 and keeps the rows' log-sum-exp for backward. In fp32,
-# which cuDNN does not have, the formula softmax(q kᵀ / sqrt(K)) v is written out instead, in fp32.
+# which cuDNN does not have, and on a CPU, the formula softmax(q kᵀ / sqrt(K)) v is written out instead, in fp32, and
+# rounded once.
 
 
 def split_heads(qkv: Tensor, rows: int, heads: int, groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -533,17 +636,21 @@ def cudnn_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tenso
     )
 
 
-def exact_attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
+def exact_attention_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None = None) -> tuple[Tensor, tuple]:
+    """``first``, int32 [N * S]: where in its row the document begins beyond which a token does not look back."""
+    dtype, (q, k, v) = q.dtype, (x.float() for x in (q, k, v))
     copies, length = q.shape[1] // k.shape[1], q.shape[2]
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    if first is not None:
+        hidden = hidden | (torch.arange(length, device=q.device) < first.view(-1, 1, length, 1))
     scores = (q @ k.repeat_interleave(copies, 1).mT) * q.shape[-1] ** -0.5
-    p = scores.masked_fill_(future, -torch.inf).softmax(-1)
-    out = p @ v.repeat_interleave(copies, 1)
+    p = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+    out = (p @ v.repeat_interleave(copies, 1)).to(dtype)
     return out.transpose(1, 2).contiguous().transpose(1, 2), (q, k, v, p)
 
 
 def exact_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, p = saved
+    (q, k, v, p), dtype, d_out = saved, d_out.dtype, d_out.float()
     copies = q.shape[1] // k.shape[1]
     d_v = p.mT @ d_out
     d_p = d_out @ v.repeat_interleave(copies, 1).mT
@@ -551,7 +658,7 @@ def exact_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tenso
     d_q = d_scores @ k.repeat_interleave(copies, 1)
     d_k = d_scores.mT @ q
     groups = (q.shape[0], k.shape[1], copies, *q.shape[2:])
-    return d_q, d_k.reshape(groups).sum(2), d_v.reshape(groups).sum(2)
+    return d_q.to(dtype), d_k.reshape(groups).sum(2).to(dtype), d_v.reshape(groups).sum(2).to(dtype)
 
 
 # SwiGLU (arXiv 2002.05202) on the packed product: gate_up [T, 2F] holds gates, then ups, or both in turns.
@@ -559,61 +666,87 @@ def exact_attention_backward(saved: tuple, d_out: Tensor) -> tuple[Tensor, Tenso
 #     act = silu(gate) * up            d_up = d_act * silu(gate)
 #     d_gate = d_act * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate)))
 #
-# Arithmetic is fp32 and rounds once. Backward writes the gradient of gate_up over gate_up.
+# Arithmetic is fp32 and rounds once. Backward writes the gradient of gate_up over gate_up. Where ``largest`` is given,
+# int32 [SLOTS], the largest magnitude of what is written is noted there.
 
 
 @triton.jit
 def swiglu_kernel(
-    gate_up_ptr, act_ptr, rows,
-    F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr,
+    gate_up_ptr, act_ptr, largest_ptr, rows,
+    F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALTERNATING: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
     inside = (row < rows) & (col < F)
-    at = gate_up_ptr + row * (2 * F) + col * STEP
-    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(at + UP, mask=inside, other=0.0).to(tl.float32)
-    tl.store(act_ptr + row * F + col, gate * tl.sigmoid(gate) * up, mask=inside)
+    gate, up = load_gates_and_ups(gate_up_ptr + row * (2 * F), inside, row < rows, F, ROWS, COLS, ALTERNATING)
+    act = (gate * tl.sigmoid(gate) * up).to(act_ptr.dtype.element_ty)
+    tl.store(act_ptr + row * F + col, act, mask=inside)
+    if PLACES:
+        note_largest(largest_ptr, act, PLACES)
 
 
 @triton.jit
 def swiglu_backward_kernel(
-    gate_up_ptr, d_act_ptr, rows,
-    F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, UP: tl.constexpr,
+    gate_up_ptr, d_act_ptr, largest_ptr, rows,
+    F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALTERNATING: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
     inside = (row < rows) & (col < F)
-    at = gate_up_ptr + row * (2 * F) + col * STEP
-    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(at + UP, mask=inside, other=0.0).to(tl.float32)
+    begin = gate_up_ptr + row * (2 * F)
+    gate, up = load_gates_and_ups(begin, inside, row < rows, F, ROWS, COLS, ALTERNATING)
     d_act = tl.load(d_act_ptr + row * F + col, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    tl.store(at, d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), mask=inside)
-    tl.store(at + UP, d_act * gate * sigmoid, mask=inside)
+    d_gate, d_up = d_act * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), d_act * gate * sigmoid
+    if ALTERNATING:
+        both = (tl.program_id(1) * 2 * COLS + tl.arange(0, 2 * COLS))[None, :]
+        pairs = tl.reshape(tl.join(d_gate, d_up), [ROWS, 2 * COLS])
+        tl.store(begin + both, pairs, mask=(row < rows) & (both < 2 * F))
+    else:
+        tl.store(begin + col, d_gate, mask=inside)
+        tl.store(begin + col + F, d_up, mask=inside)
+    if PLACES:
+        note_largest(largest_ptr, d_gate.to(gate_up_ptr.dtype.element_ty), PLACES)
+        note_largest(largest_ptr, d_up.to(gate_up_ptr.dtype.element_ty), PLACES)
 
 
-def places_of(width: int, alternating: bool) -> dict[str, int]:
-    """Where the gates of [T, 2 * width] lie, and the ups behind them."""
-    return {"STEP": 2, "UP": 1} if alternating else {"STEP": 1, "UP": width}
+@triton.jit
+def load_gates_and_ups(
+    begin, inside, real, F: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ALTERNATING: tl.constexpr
+):  # fmt: skip
+    """Of this program's columns, [ROWS, COLS] each. What alternates is read in one piece and parted in registers: loads
+    of every other number would take half of the memory's rate."""
+    if ALTERNATING:
+        both = (tl.program_id(1) * 2 * COLS + tl.arange(0, 2 * COLS))[None, :]
+        pairs = tl.load(begin + both, mask=real & (both < 2 * F), other=0.0)
+        gate, up = tl.split(tl.reshape(pairs, [ROWS, COLS, 2]))
+    else:
+        col = (tl.program_id(1) * COLS + tl.arange(0, COLS))[None, :]
+        gate = tl.load(begin + col, mask=inside, other=0.0)
+        up = tl.load(begin + col + F, mask=inside, other=0.0)
+    return gate.to(tl.float32), up.to(tl.float32)
 
 
-def swiglu_forward(gate_up: Tensor, alternating: bool = False) -> Tensor:
+def swiglu_forward(gate_up: Tensor, alternating: bool = False, largest: Tensor | None = None) -> Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     act = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     grid = (rows, triton.cdiv(width, 1024))
     swiglu_kernel[grid](
-        gate_up, act, rows, F=width, ROWS=1, COLS=1024, **places_of(width, alternating), num_warps=4
+        gate_up, act, largest, rows, F=width, ROWS=1, COLS=1024, ALTERNATING=alternating,
+        PLACES=0 if largest is None else largest.numel(), num_warps=4,
     )  # fmt: skip
     return act
 
 
-def swiglu_backward_(gate_up: Tensor, d_act: Tensor, alternating: bool = False) -> Tensor:
+def swiglu_backward_(
+    gate_up: Tensor, d_act: Tensor, alternating: bool = False, largest: Tensor | None = None
+) -> Tensor:
     """Overwrites gate_up [T, 2F] with its gradient, and returns it."""
     rows, width = d_act.shape
     grid = (rows, triton.cdiv(width, 1024))
     swiglu_backward_kernel[grid](
-        gate_up, d_act, rows, F=width, ROWS=1, COLS=1024, **places_of(width, alternating), num_warps=4
+        gate_up, d_act, largest, rows, F=width, ROWS=1, COLS=1024, ALTERNATING=alternating,
+        PLACES=0 if largest is None else largest.numel(), num_warps=4,
     )  # fmt: skip
     return gate_up
 
@@ -787,27 +920,33 @@ def flash_kernels() -> tuple[Callable, Callable]:
     return _flash_attn_fwd, _flash_attn_bwd
 
 
-def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, tuple]:
-    """Returns the context [N, H, S, K], laid out [N, S, H, K] in memory as q is, and what backward needs."""
+def flash_attention_forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> tuple[Tensor, tuple]:
+    """Returns the context [N, H, S, K], laid out [N, S, H, K] in memory as q is, and what backward needs.
+
+    ``documents``: int32, ascending boundaries in the N * S tokens beyond which no token looks, also those of the rows.
+    One that repeats is a document without tokens, so that their number can be fixed."""
     forward, _ = flash_kernels()
+    rows, heads, length, width = q.shape
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    options = {"softmax_scale": width**-0.5, "causal": True}
+    if documents is not None:
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        options |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), documents)
+        options |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), length)
     # a block of several query heads is the faster for narrow heads, and the slower for wide ones
-    packed = q.shape[-1] < 128
-    out, lse = forward(q, k, v, softmax_scale=q.shape[-1] ** -0.5, causal=True, return_lse=True, pack_gqa=packed)[:2]
-    return out.transpose(1, 2), (q, k, v, out, lse)
+    out, lse = forward(q, k, v, return_lse=True, pack_gqa=width < 128, **options)[:2]
+    return out.view(rows, length, heads, width).transpose(1, 2), (q, k, v, out, lse, options)
 
 
 def flash_attention_backward(saved: tuple, d_out: Tensor) -> Tensor:
     """d_out [N, H, S, K], laid out as the context. Returns the gradient of qkv as RoPE left it, [T, (H + 2G) * K]."""
     _, backward = flash_kernels()
-    q, k, v, out, lse = saved
-    rows, length, heads, width = q.shape
-    groups = k.shape[2]
-    d_qkv = torch.empty(rows, length, heads + 2 * groups, width, dtype=q.dtype, device=q.device)
-    d_q, d_k, d_v = d_qkv.split([heads, groups, groups], dim=2)
-    scale = width**-0.5
-    backward(q, k, v, out, d_out.transpose(1, 2), lse, softmax_scale=scale, causal=True, dq=d_q, dk=d_k, dv=d_v)
-    return d_qkv.view(rows * length, -1)
+    q, k, v, out, lse, options = saved
+    heads, groups, width = q.shape[-2], k.shape[-2], q.shape[-1]
+    d_qkv = torch.empty(*q.shape[:-2], heads + 2 * groups, width, dtype=q.dtype, device=q.device)
+    d_q, d_k, d_v = d_qkv.split([heads, groups, groups], dim=-2)
+    backward(q, k, v, out, d_out.transpose(1, 2).reshape(out.shape), lse, dq=d_q, dk=d_k, dv=d_v, **options)
+    return d_qkv.view(-1, (heads + 2 * groups) * width)
 
 
 # SwiGLU (arXiv 2002.05202) in the epilogue of the product before it, by quack (the package quack-kernels).
@@ -940,14 +1079,15 @@ class Kept(NamedTuple):
 class Engine:
     def __init__(self, recipe: Mapping[str, Any], device: str, dtype: torch.dtype, group: Any) -> None:
         self.recipe, self.device, self.dtype, self.group = recipe, device, dtype, group
+        self.plain = dtype == torch.float32 or device == "cpu"  # attention by its formula
         self.master, self.grad = Flat(device, torch.float32), Flat(device, torch.float32)
         self.exp_avg, self.exp_avg_sq = Flat(device, torch.float32), Flat(device, torch.float32)
         self.weight = self.master if dtype == torch.float32 else Flat(device, dtype)
         self.updates = torch.zeros((), dtype=torch.int64, device=device)
         self.denominator = torch.ones((), dtype=torch.float32, device=device)
         self.total = torch.zeros((), dtype=torch.float32, device=device)
-        self.micro: dict[tuple[int, int], MicroBatch] = {}
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.micro: dict[tuple[int, ...], MicroBatch] = {}  # by rows, positions
+        self.graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
 
     # Forward.
 
@@ -973,8 +1113,9 @@ class Engine:
         w, rows = self.weight, micro.tokens.shape[0]
         qkv = linear_forward(normed1, w[layer + "self_attn.qkv_proj.weight"], rank=6)
         rope_forward_(qkv, micro.cos, micro.sin, HEADS, GROUPS, HEAD_DIM)
-        forward = exact_attention_forward if self.dtype == torch.float32 else flash_attention_forward
-        out, attention = forward(*split_heads(qkv, rows, HEADS, GROUPS, HEAD_DIM))
+        heads = split_heads(qkv, rows, HEADS, GROUPS, HEAD_DIM)
+        forward = exact_attention_forward if self.plain else flash_attention_forward
+        out, attention = forward(*heads)
         context = out.transpose(1, 2).view(-1, Q_WIDTH)
         branch = linear_forward(context, w[layer + "self_attn.o_proj.weight"], rank=6)
         norm = w[layer + "post_attention_layernorm.weight"]
@@ -984,9 +1125,9 @@ class Engine:
 
     def mlp_forward(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The product with gates and ups, [T, 2F], and SwiGLU of it, [T, F]."""
-        if self.dtype != torch.float32:
+        if not self.plain:
             return gated_forward(x, weight)
-        gate_up = linear_forward(x, weight, rank=7)
+        gate_up = linear_forward(x, weight, rank=0)
         return gate_up, swiglu_forward(gate_up, alternating=True)
 
     def head(self, normed: Tensor, micro: MicroBatch, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -1036,7 +1177,7 @@ class Engine:
 
     def attention_backward(self, saved: tuple, d_out: Tensor, micro: MicroBatch) -> Tensor:
         """The gradient of the packed product, [T, Q_WIDTH + 2 * KV_WIDTH], from that of the context [N, H, S, K]."""
-        if self.dtype != torch.float32:
+        if not self.plain:
             d_qkv = flash_attention_backward(saved, d_out)
             return rope_backward_(d_qkv, micro.cos, micro.sin, HEADS, GROUPS, HEAD_DIM)
         backward = exact_attention_backward
@@ -1050,16 +1191,15 @@ class Engine:
 
     @torch.no_grad()
     def step(self, batch: Any, lr: float) -> StepResult:
-        rows = self.recipe["micro_batch_size"]
-        parts = [slice(start, start + rows) for start in range(0, batch.tokens.shape[0], rows)]
-        for shape in {tuple(batch.tokens[part].shape) for part in parts}:
-            self.prepare(shape)
+        micro_batches = self.micro_batches(batch)
+        for key in {key for _, key in micro_batches}:
+            self.prepare(key)
         self.grad.flat.zero_()
         self.total.zero_()
         self.denominator.copy_(batch.loss_denominator)
-        for part in parts:
-            micro = self.fill(batch.tokens[part], batch.labels[part], batch.mask[part])
-            graph = self.graphs.get(tuple(micro.tokens.shape))
+        for part, key in micro_batches:
+            micro = self.fill(batch, part, key)
+            graph = self.graphs.get(key)
             if graph is None:
                 self.micro_step(micro)
             else:
@@ -1078,32 +1218,42 @@ class Engine:
         )
         return StepResult(loss, norm, applied)
 
-    def fill(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> MicroBatch:
-        """The micro-batch's rows, copied to the addresses that its graph reads."""
-        rows, length = shape = tuple(tokens.shape)
-        if shape not in self.micro:
+    def micro_batches(self, batch: Any) -> list[tuple[slice, tuple[int, ...]]]:
+        """The rows of each micro-batch, and the key of its tensors and its graph."""
+        rows = self.recipe["micro_batch_size"]
+        parts = [slice(start, start + rows) for start in range(0, batch.tokens.shape[0], rows)]
+        return [(part, (*batch.tokens[part].shape,)) for part in parts]
+
+    def buffers(self, key: tuple[int, ...]) -> MicroBatch:
+        """The tensors of a micro-batch of this shape, made once; their addresses are what a graph reads."""
+        if key not in self.micro:
+            rows, length = key
             cos, sin = rope_tables(length, HEAD_DIM, ROPE_THETA, self.device)
             programs = min(NORM_PROGRAMS, rows * length)
-            self.micro[shape] = MicroBatch(
-                torch.empty_like(tokens, device=self.device),
-                torch.empty_like(tokens, device=self.device),
-                torch.empty(shape, dtype=torch.float32, device=self.device),
+            self.micro[key] = MicroBatch(
+                torch.zeros(rows, length, dtype=torch.int64, device=self.device),
+                torch.zeros(rows, length, dtype=torch.int64, device=self.device),
+                torch.zeros(rows, length, dtype=torch.float32, device=self.device),
                 cos,
                 sin,
                 torch.empty(2 * LAYERS + 1, programs, HIDDEN, dtype=torch.float32, device=self.device),
             )
-        micro = self.micro[shape]
-        micro.tokens.copy_(tokens, non_blocking=True)
-        micro.labels.copy_(labels, non_blocking=True)
-        micro.mask.copy_(mask, non_blocking=True)
+        return self.micro[key]
+
+    def fill(self, batch: Any, part: slice, key: tuple[int, ...]) -> MicroBatch:
+        """These rows, copied to the addresses that their graph reads."""
+        micro = self.buffers(key)
+        micro.tokens.copy_(batch.tokens[part], non_blocking=True)
+        micro.labels.copy_(batch.labels[part], non_blocking=True)
+        micro.mask.copy_(batch.mask[part], non_blocking=True)
         return micro
 
-    def prepare(self, shape: tuple[int, ...]) -> None:
+    def prepare(self, key: tuple[int, ...]) -> None:
         """Captures a micro-batch of this shape as a CUDA graph, once; the kernels are compiled on the way."""
-        if shape in self.graphs or not self.master.flat.is_cuda:
+        if key in self.graphs or not self.master.flat.is_cuda:
             return
-        tokens = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        micro = self.fill(tokens, tokens, torch.zeros(shape, device=self.device))
+        micro = self.buffers(key)
+        micro.mask.zero_()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -1112,7 +1262,7 @@ class Engine:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.micro_step(micro)
-        self.graphs[tuple(shape)] = graph
+        self.graphs[key] = graph
 
     def release(self) -> None:
         """Gives back the memory of the captured micro-batches, which is most of it; the next step captures anew."""
@@ -1122,12 +1272,10 @@ class Engine:
     @torch.no_grad()
     def loss(self, batch: Any) -> Tensor:
         """The mean loss of this rank's rows over their mask."""
-        rows = self.recipe["micro_batch_size"]
         self.denominator.copy_(batch.mask.sum())
         shares = []
-        for start in range(0, batch.tokens.shape[0], rows):
-            part = slice(start, start + rows)
-            micro = self.fill(batch.tokens[part], batch.labels[part], batch.mask[part])
+        for part, key in self.micro_batches(batch):
+            micro = self.fill(batch, part, key)
             shares.append(self.head(self.trunk(micro, None)[1], micro, gradient=False)[0])
         return torch.stack(shares).sum()
 
@@ -1173,24 +1321,24 @@ def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any =
     if target["data"]["documents"] != DOCUMENTS:
         raise ValueError(f"this engine is for data.documents = {DOCUMENTS!r}, got {target['data']['documents']!r}")
     check_device(torch.device(device), precision)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    if precision not in PRECISIONS:
+        raise ValueError(f"this engine computes in {' and '.join(PRECISIONS)}, not in {precision}: write one that does")
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     return Engine(target["recipe"], device, dtype, None if mesh is None else mesh.get_group())
 
 
 def check_device(device: torch.device, precision: str) -> None:
     """Says in one line what is missing, before anything is compiled or allocated."""
     if device.type == "cpu":
-        if precision != "fp32" or not triton.knobs.runtime.interpret:
-            raise ValueError(
-                "this engine is for a Hopper GPU; a CPU runs it in fp32 with TRITON_INTERPRET=1, for tests"
-            )
+        if not triton.knobs.runtime.interpret:
+            raise ValueError("this engine is for a Hopper GPU; a CPU runs it with TRITON_INTERPRET=1, for tests")
         return
     if not torch.cuda.is_available():
         raise ValueError("this engine is for a Hopper GPU, and torch finds none: install a CUDA build and the driver")
     if torch.cuda.get_device_capability(device) != (9, 0):
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"this engine is for a Hopper GPU (H100, H200), not for {name}: forge one for it")
-    if precision == "bf16":
+    if precision != "fp32":
         for library in (
             flash_kernels,
             gated_kernel,

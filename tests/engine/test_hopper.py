@@ -258,11 +258,14 @@ def test_a_plan_of_this_schedule_holds_its_own_choices_alone():
     assert not set(HOPPER) & {key for key, _ in Plan.textbook().items()}
 
 
-@pytest.mark.parametrize("name", ["minicpm5-1b-h200", "minicpm4-0.5b-h200"])
-def test_an_engine_that_ships_is_the_one_that_was_measured(name):
+@pytest.mark.parametrize("kind", ["", "-fp8"])
+@pytest.mark.parametrize("model", ["minicpm5-1b", "minicpm4-0.5b"])
+def test_an_engine_that_ships_is_the_one_that_was_measured(model, kind):
+    name = f"{model}-h200{kind}"
     folder = ROOT / "engines" / name
     provenance = json.loads((folder / "provenance.json").read_text())
     measured = json.loads((folder / "measurements" / "against-megatron-8x4.json").read_text())
     assert source_hash((folder / "engine.py").read_text()) == provenance["sha256"] == measured["engine_sha256"]
-    assert provenance["target"]["model"] == load_target(ROOT / "targets" / f"{name}.toml").plain()["model"]
+    target = load_target(ROOT / "targets" / f"{name}.toml").plain()
+    assert (provenance["target"]["model"], provenance["target"]["precision"]) == (target["model"], target["precision"])
     assert Plan.read(folder / "plan.toml")["schedule"] == "hopper"
