@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,8 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.judge import trials
-from forgetrain.judge.runner import BITWISE, COMPILED_KEPT, NUMERIC, Effort, Judge, Trial
+from forgetrain.judge.runner import BITWISE, COMPILED_KEPT, KNOWN_GOOD, NUMERIC, Effort, Judge, Trial
+from tests.corpus import built
 from tests.engine.toy import toy
 from tests.tiny import tiny_target
 
@@ -59,6 +61,25 @@ def test_an_honest_engine_passes_every_gate(tmp_path, dtype):
     assert all(verdict.sandboxed for verdict in result.verdicts)
     assert result.speed["tokens_per_second"] > 0
     assert len(result.samples) == 2 * 5 * 2
+
+
+@needs_bubblewrap
+@pytest.mark.slow
+def test_an_fsdp_engine_passes_every_gate_sharded_where_the_gate_has_ranks(tmp_path):
+    gates = {"g5_seeds": 1, "g5_steps": 4, "ranks": 2}
+    sharded, data = built(tmp_path, model={"num_hidden_layers": 1}, gates=gates, hardware={"threads": 1})
+    reference, candidate = tmp_path / "reference.py", tmp_path / "fsdp.py"
+    # not the textbook's: it errs little more than half as much as megatron does, so G4 turned honest ones away
+    reference.write_text(write_engine(sharded, Plan(KNOWN_GOOD)))
+    candidate.write_text(write_engine(sharded, Plan({"schedule": "fsdp"})))
+    effort = replace(EFFORT, timeout=120)  # of the command's runs too, each of which imports FSDP on two ranks
+    with Judge(sharded, reference=reference, data=data.folder, effort=effort) as judge:
+        result = judge.judge(candidate, all_gates=True)
+    told = {verdict.gate: verdict.explanation for verdict in result.verdicts}
+    assert [told[verdict.gate] for verdict in result.verdicts if not verdict.passed] == []
+    assert [*told] == ["contract", "G4.update", "G4.fp32", "G7.replay", "G7", "G8", "G5", "G6", "G3", "G9"]
+    assert told["G3"].startswith("2 data ranks: ")
+    assert told["G9"].startswith("forgetrain train on 2 data ranks ends as ")
 
 
 @needs_bubblewrap
