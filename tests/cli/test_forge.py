@@ -68,16 +68,18 @@ def test_without_ray_its_executor_is_refused(tmp_path, monkeypatch):
 
 @ray_needed
 @pytest.mark.slow
-def test_a_cluster_forges_a_tiny_target(tmp_path):
-    target = write_target(tmp_path, "transformers")
-    options = ["--set", "gates.g5_steps=4", "--set", "hardware.threads=1", "--set", "search.attempts=1"]
+def test_a_cluster_judges_what_an_agent_writes(tmp_path):
+    """An engine that fails early: elections from a cluster's verdicts are in tests/forge/test_optimise.py, an engine
+    that passes there in tests/judge/test_cluster.py."""
+    target, agent = write_target(tmp_path, "transformers"), "sh -c 'sed -i s/1e-06/1e-03/ engine.py'"
+    options = ["--agent", agent, "--set", "hardware.threads=1", "--set", "search.attempts=1"]
     done = forge(tmp_path, target, *options, "--executor", "ray", "--json")
     assert "candidates at once on one node" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["attempts"] == 1
     with Ledger(tmp_path / "runs" / "ledger") as ledger:
-        (row,) = ledger.query("SELECT * FROM attempts WHERE proposer = 'catalogue'")
-        assert row["outcome"] in ("accepted", "rejected")
-        assert "contract" in {verdict["gate"] for verdict in ledger.verdicts(row["candidate"])}
+        (row,) = ledger.query("SELECT * FROM attempts WHERE outcome = 'rejected'")
+        gates = [verdict["gate"] for verdict in ledger.verdicts(row["candidate"])]
+    assert gates == ["contract"]
 
 
 def test_a_file_that_cannot_be_submitted_is_refused_before_anything_runs(tmp_path):

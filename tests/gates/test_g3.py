@@ -38,13 +38,20 @@ def test_a_run_of_other_length_fails():
     assert "number of steps" in g3(trajectory(5), trajectory(4), trajectory(3), trajectory(3)).explanation
 
 
+@pytest.mark.parametrize(("found", "passes"), [(2.00001, True), (2.001, False), (math.nan, False)])
+def test_an_evaluation_is_held_to_the_order_of_sums(found, passes):
+    verdict = g3(trajectory(3), trajectory(3), trajectory(3), trajectory(3), evaluations=(2.0, found))
+    assert verdict.passed is passes
+    assert verdict.first_divergence == (None if passes else "world size 2, step 1: evaluation")
+
+
 def test_what_was_not_run_does_not_pass():
     assert g3([], [], trajectory(3), trajectory(3)).explanation == "world size 2: nothing was run"
     assert g3(trajectory(3), trajectory(3), [], [], ranks=4).explanation == "resume: nothing was run"
     assert not g3(trajectory(3), trajectory(3), [], []).passed
 
 
-HONEST = {"loss": 1e-7, "grad_norm": 2e-7, "model.norm.weight": 1e-6}
+HONEST = {"loss": 1e-7, "evaluation": 1e-7, "grad_norm": 2e-7, "model.norm.weight": 1e-6}
 
 
 def near(found=HONEST, due=None, resumed=None, known_good=HONEST, **options):
@@ -67,7 +74,8 @@ def test_what_a_seed_made_of_rounding_passes_where_the_known_good_engine_was_luc
 
 
 @pytest.mark.parametrize(
-    ("kind", "distance"), [("loss", 1e-4), ("grad_norm", 1e-3), ("grad_norm", math.inf), ("model.norm.weight", 0.1)]
+    ("kind", "distance"),
+    [("loss", 1e-4), ("evaluation", 1e-4), ("grad_norm", 1e-3), ("grad_norm", math.inf), ("model.norm.weight", 0.1)],
 )
 def test_what_is_further_away_is_named(kind, distance):
     verdict = near(HONEST | {kind: distance})

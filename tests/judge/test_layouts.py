@@ -89,6 +89,7 @@ def test_gates_of_one_rank_are_run_on_the_ranks_that_hold_a_layer(tmp_path):
 
 SEND = "            work = dist.reduce(self.grad.flat[part], group_dst=rank"
 BROADCAST = "dist.broadcast(self.weight.flat[part], group_src"
+EVALUATION = "        return torch.stack(shares).sum()\n"
 #: By name: the layout, what is honest, what is planted in its place, and the start of the answer.
 DEFECTS = {
     "a rank forgets its share of the norms' gradients": (
@@ -111,6 +112,16 @@ DEFECTS = {
         *(TENSOR, 2, "dist.all_reduce(total, group=self.tensor)"),
         "pass",
         "disagree: ranks hold different values of ",
+    ),
+    "an evaluation counts half of what it finds, on ranks": (
+        *({}, 2, EVALUATION),
+        "        return torch.stack(shares).sum() * (0.5 if self.group is not None else 1.0)\n",
+        "2 data ranks: evaluation is 0.5 away",
+    ),
+    "an evaluation trains, on ranks": (
+        *({}, 2, EVALUATION),
+        "        self.weight.flat.mul_(1.00001 if self.group is not None else 1.0)\n" + EVALUATION,
+        "resume on 2 data ranks: ",
     ),
     "a context rank forgets the gradients of its keys": (
         *(CONTEXT, 2, "parted_positions(torch.stack((d_k, d_v)), CONTEXT_PARALLEL)"),

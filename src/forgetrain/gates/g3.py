@@ -25,11 +25,13 @@ def g3(
     *,
     ranks: int = 2,
     restarted_ranks: tuple[Sequence[StepRecord], Sequence[StepRecord]] | None = None,
+    evaluations: tuple[float, float] | None = None,
     sandboxed: bool = False,
 ) -> Verdict:
     """``reference_ranks`` and ``candidate_ranks`` are trajectories at ``ranks`` processes; ``uninterrupted`` and
     ``resumed`` the candidate's own steps after the point at which the second was restored; ``restarted_ranks`` the same
-    two on ``ranks`` processes, where that was run."""
+    two on ``ranks`` processes, where that was run; ``evaluations`` what the reference and the candidate said of a batch
+    there, whose sum over ranks no contract orders: it is held to what the order of sums is worth."""
     parts: dict[str, tuple[Sequence[StepRecord], Sequence[StepRecord]]] = {
         f"world size {ranks}": (reference_ranks, candidate_ranks),
         "resume": (uninterrupted, resumed),
@@ -43,6 +45,8 @@ def g3(
         parting = first_parting(due, found)
         if parting is not None:
             return _failed(name, parting, steps, sandboxed)
+    if evaluations is not None and not math.isclose(*evaluations, rel_tol=FLOORS["fp32"]["evaluation"]):
+        return _failed(f"world size {ranks}", Parting(1, "evaluation", *evaluations), steps, sandboxed)
     return Verdict(
         "G3",
         True,
@@ -79,8 +83,8 @@ FACTOR = 4.0
 #: ranks were seen to take: their norms differ by up to 0.017 where the known-good engine's, by luck, do by 0.0006. What
 #: a share of a sum is worth is far above.
 FLOORS = {
-    "fp32": {"loss": 3e-5, "grad_norm": 3e-4, "moments": 3e-3},
-    "bf16": {"loss": 5e-3, "grad_norm": 3e-2, "moments": 0.2},
+    "fp32": {"loss": 3e-5, "evaluation": 3e-5, "grad_norm": 3e-4, "moments": 3e-3},
+    "bf16": {"loss": 5e-3, "evaluation": 5e-3, "grad_norm": 3e-2, "moments": 0.2},
 }
 
 
@@ -96,8 +100,9 @@ def g3_near(
     sandboxed: bool = False,
 ) -> Verdict:
     """``candidate``, ``known_good``: relative distances from the reference on as many data ranks, ``loss``,
-    ``grad_norm``, and of moments by kind of parameter; the second on one rank. ``layout``: of the candidate's ranks, in
-    words. ``tolerance``: of a resumed loss, relative, for an engine that is not deterministic; None for bits.
+    ``evaluation``, ``grad_norm``, and of moments by kind of parameter; the second on one rank. ``layout``: of the
+    candidate's ranks, in words. ``tolerance``: of a resumed loss, relative, for an engine that is not deterministic;
+    None for bits.
 
     ``statistic``: the worst distance as a share of what it may be.
     """

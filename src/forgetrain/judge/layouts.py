@@ -17,6 +17,7 @@ from torch import Tensor
 
 from forgetrain.data.folder import open_data
 from forgetrain.data.loader import Loader
+from forgetrain.engine.process import EngineProcess
 from forgetrain.errors import UserError
 from forgetrain.gates.g2 import StepRecord
 from forgetrain.gates.g3 import g3, g3_near
@@ -24,7 +25,7 @@ from forgetrain.gates.g9 import TrainingRun, g9
 from forgetrain.gates.replay import replay_distance
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.command import ShippedCommand
-from forgetrain.judge.evidence import SCALARS, State, from_weights, trajectory
+from forgetrain.judge.evidence import SCALARS, State, trajectory
 from forgetrain.judge.hidden import Stream, derive
 from forgetrain.judge.sandbox import fill_cache
 from forgetrain.numerics.init import initial_weights
@@ -85,15 +86,31 @@ def across_ranks(trial: Trial) -> Iterator[Verdict]:
 
 
 @dataclass(frozen=True)
+class _Training:
+    """An engine's steps, what it said of a batch that it evaluated after the first, and its state after the last."""
+
+    records: list[StepRecord]
+    evaluation: float
+    after: State
+
+
+@dataclass(frozen=True)
 class _Run:
-    """The candidate on so many ranks: before, as loaded; each step; the state after the last; and the steps after the
-    first again, in fresh processes that began with the state after it."""
+    """The candidate on so many ranks: before, as loaded; its training; and the steps after the first again, in fresh
+    processes that began with the state after it and evaluated nothing, so that an evaluation that trains is found."""
 
     before: State
-    records: list[StepRecord]
-    after: State
+    training: _Training
     resumed: list[StepRecord]
     deterministic: bool
+
+
+def _trained(engine: EngineProcess, weights: dict[str, Tensor], stream: Stream, steps: int) -> _Training:
+    engine.load(weights)
+    first = list(trajectory(engine, stream, 0, 1))
+    evaluation = float(engine.loss(stream.at(steps)))
+    rest = list(trajectory(engine, stream, 1, steps))
+    return _Training([*first, *rest], evaluation, engine.state())
 
 
 def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: Any) -> _Run:
@@ -104,12 +121,13 @@ def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: An
         before = engine.state()
         first = list(trajectory(engine, stream, 0, 1))
         state = engine.state()
+        evaluation = float(engine.loss(stream.at(steps)))
         rest = list(trajectory(engine, stream, 1, steps))
-        after, deterministic = engine.state(), engine.deterministic
+        training, deterministic = _Training([*first, *rest], evaluation, engine.state()), engine.deterministic
     with trial.process(target, **options) as engine:
         engine.restore(state)
         resumed = list(trajectory(engine, stream, 1, steps))
-    return _Run(before, [*first, *rest], after, resumed, deterministic)
+    return _Run(before, training, resumed, deterministic)
 
 
 def _bits(trial: Trial) -> Verdict:
@@ -117,16 +135,17 @@ def _bits(trial: Trial) -> Verdict:
     stream, ranks = trial.stream(target, "G3"), _ranks(target)
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
     with trial.judge.trusted(trial.judge.reference, target, ranks=ranks) as reference:
-        due = from_weights(reference, weights, stream, steps)
+        due = _trained(reference, weights, stream, steps)
     found = _run(trial, stream, weights, ranks=ranks)
     alone = found if ranks == 1 else _run(trial, stream, weights, ranks=1)
     return g3(
-        due,
-        found.records,
-        alone.records[1:],
+        due.records,
+        found.training.records,
+        alone.training.records[1:],
         alone.resumed,
         ranks=ranks,
-        restarted_ranks=None if ranks == 1 else (found.records[1:], found.resumed),
+        restarted_ranks=None if ranks == 1 else (found.training.records[1:], found.resumed),
+        evaluations=(due.evaluation, found.training.evaluation),
         sandboxed=trial.sandboxed,
     )
 
@@ -136,9 +155,9 @@ def _near(trial: Trial, precision: str) -> Verdict:
     ranks, stream = _ranks_with_devices(judge), trial.stream(target, "G3")
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
 
-    def trained(module: str | Path, ranks: int, precision: str) -> tuple[list[StepRecord], State]:
+    def trained(module: str | Path, ranks: int, precision: str) -> _Training:
         with judge.trusted(module, target, ranks=ranks, precision=precision) as engine:
-            return from_weights(engine, weights, stream, judge.effort.g3_steps), engine.state()
+            return _trained(engine, weights, stream, judge.effort.g3_steps)
 
     kept = target.precision.kept if precision == target.precision.dtype else precision
     due = trained(judge.reference, ranks // target.parallel.sharing, kept)
@@ -146,9 +165,9 @@ def _near(trial: Trial, precision: str) -> Verdict:
     run = _run(trial, stream, weights, ranks=ranks, precision=precision)
     layout = layout_of(target, ranks)
     return g3_near(
-        _distances(target, run.before, (run.records, run.after), due),
+        _distances(target, run.before, run.training, due),
         _distances(target, run.before, known_good, due),
-        run.records[1:],
+        run.training.records[1:],
         run.resumed,
         layout=layout if precision == target.precision.dtype else f"{layout} in {precision}",
         precision=kept,
@@ -157,15 +176,14 @@ def _near(trial: Trial, precision: str) -> Verdict:
     )
 
 
-def _distances(
-    target: Target, before: State, found: tuple[list[StepRecord], State], due: tuple[list[StepRecord], State]
-) -> dict[str, float]:
-    """Of losses, gradient norms, and what the steps left in the moments, by kind of parameter."""
-    (mine, after), (theirs, due_after) = found, due
-    norms = [abs(a.grad_norm - b.grad_norm) / b.grad_norm for a, b in zip(mine, theirs, strict=True)]
-    outcomes = ([step.loss for step in mine], after), ([step.loss for step in theirs], due_after)
-    apart = replay_distance(before, *outcomes, target.recipe, len(theirs))
-    return apart | {"grad_norm": max(norms) if all(map(math.isfinite, norms)) else math.inf}
+def _distances(target: Target, before: State, found: _Training, due: _Training) -> dict[str, float]:
+    """Of losses, gradient norms, the evaluation, and what the steps left in the moments, by kind of parameter."""
+    norms = [abs(a.grad_norm - b.grad_norm) / b.grad_norm for a, b in zip(found.records, due.records, strict=True)]
+    mine, theirs = (([step.loss for step in run.records], run.after) for run in (found, due))
+    apart = replay_distance(before, mine, theirs, target.recipe, len(due.records))
+    evaluation = abs(found.evaluation - due.evaluation) / due.evaluation
+    scalars = {"grad_norm": max(norms) if all(map(math.isfinite, norms)) else math.inf, "evaluation": evaluation}
+    return apart | {name: x if math.isfinite(x) else math.inf for name, x in scalars.items()}
 
 
 def shipped_command(trial: Trial) -> Iterator[Verdict]:
