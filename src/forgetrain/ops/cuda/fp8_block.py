@@ -29,7 +29,7 @@ from forgetrain.ops.cuda.fp8 import (
     store_four,
     store_turned,
     words,
-)  # fmt: skip
+)
 
 
 @triton.jit
