@@ -25,7 +25,7 @@ from forgetrain.gates.g9 import TrainingRun, g9
 from forgetrain.gates.replay import replay_distance
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.command import ShippedCommand
-from forgetrain.judge.evidence import SCALARS, State, trajectory
+from forgetrain.judge.evidence import SCALARS, State, from_weights, trajectory
 from forgetrain.judge.hidden import Stream, derive
 from forgetrain.judge.sandbox import fill_cache
 from forgetrain.numerics.init import initial_weights
@@ -105,12 +105,12 @@ class _Run:
     deterministic: bool
 
 
-def _trained(engine: EngineProcess, weights: dict[str, Tensor], stream: Stream, steps: int) -> _Training:
-    engine.load(weights)
-    first = list(trajectory(engine, stream, 0, 1))
+def _go_on(
+    engine: EngineProcess, first: list[StepRecord], stream: Stream, steps: int
+) -> tuple[list[StepRecord], float]:
+    """After the first step an evaluation and the other steps -> all records, and the evaluation."""
     evaluation = float(engine.loss(stream.at(steps)))
-    rest = list(trajectory(engine, stream, 1, steps))
-    return _Training([*first, *rest], evaluation, engine.state())
+    return [*first, *trajectory(engine, stream, 1, steps)], evaluation
 
 
 def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: Any) -> _Run:
@@ -121,9 +121,8 @@ def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: An
         before = engine.state()
         first = list(trajectory(engine, stream, 0, 1))
         state = engine.state()
-        evaluation = float(engine.loss(stream.at(steps)))
-        rest = list(trajectory(engine, stream, 1, steps))
-        training, deterministic = _Training([*first, *rest], evaluation, engine.state()), engine.deterministic
+        training = _Training(*_go_on(engine, first, stream, steps), engine.state())
+        deterministic = engine.deterministic
     with trial.process(target, **options) as engine:
         engine.restore(state)
         resumed = list(trajectory(engine, stream, 1, steps))
@@ -135,17 +134,17 @@ def _bits(trial: Trial) -> Verdict:
     stream, ranks = trial.stream(target, "G3"), _ranks(target)
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
     with trial.judge.trusted(trial.judge.reference, target, ranks=ranks) as reference:
-        due = _trained(reference, weights, stream, steps)
+        due, evaluation = _go_on(reference, from_weights(reference, weights, stream, 1), stream, steps)
     found = _run(trial, stream, weights, ranks=ranks)
     alone = found if ranks == 1 else _run(trial, stream, weights, ranks=1)
     return g3(
-        due.records,
+        due,
         found.training.records,
         alone.training.records[1:],
         alone.resumed,
         ranks=ranks,
         restarted_ranks=None if ranks == 1 else (found.training.records[1:], found.resumed),
-        evaluations=(due.evaluation, found.training.evaluation),
+        evaluations=(evaluation, found.training.evaluation),
         sandboxed=trial.sandboxed,
     )
 
@@ -157,7 +156,8 @@ def _near(trial: Trial, precision: str) -> Verdict:
 
     def trained(module: str | Path, ranks: int, precision: str) -> _Training:
         with judge.trusted(module, target, ranks=ranks, precision=precision) as engine:
-            return _trained(engine, weights, stream, judge.effort.g3_steps)
+            first = from_weights(engine, weights, stream, 1)
+            return _Training(*_go_on(engine, first, stream, judge.effort.g3_steps), engine.state())
 
     kept = target.precision.kept if precision == target.precision.dtype else precision
     due = trained(judge.reference, ranks // target.parallel.sharing, kept)
@@ -179,11 +179,10 @@ def _near(trial: Trial, precision: str) -> Verdict:
 def _distances(target: Target, before: State, found: _Training, due: _Training) -> dict[str, float]:
     """Of losses, gradient norms, the evaluation, and what the steps left in the moments, by kind of parameter."""
     norms = [abs(a.grad_norm - b.grad_norm) / b.grad_norm for a, b in zip(found.records, due.records, strict=True)]
+    apart = {"grad_norm": norms, "evaluation": [abs(found.evaluation - due.evaluation) / due.evaluation]}
+    worst = {name: max(each) if all(map(math.isfinite, each)) else math.inf for name, each in apart.items()}
     mine, theirs = (([step.loss for step in run.records], run.after) for run in (found, due))
-    apart = replay_distance(before, mine, theirs, target.recipe, len(due.records))
-    evaluation = abs(found.evaluation - due.evaluation) / due.evaluation
-    scalars = {"grad_norm": max(norms) if all(map(math.isfinite, norms)) else math.inf, "evaluation": evaluation}
-    return apart | {name: x if math.isfinite(x) else math.inf for name, x in scalars.items()}
+    return replay_distance(before, mine, theirs, target.recipe, len(due.records)) | worst
 
 
 def shipped_command(trial: Trial) -> Iterator[Verdict]:

@@ -23,7 +23,7 @@ constexpr int WIDEST = 16;
 #else
 constexpr int WIDEST = 8;  // of two registers, vectors are 3.6 times as slow
 #endif
-constexpr int W = K % 16 == 0 && WIDEST >= 16 ? 16 : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
+constexpr int W = K % WIDEST == 0 ? WIDEST : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
 constexpr int TILE = 2 * W, C = K / W, Q_WIDTH = G * R * K, STRIDE = Q_WIDTH + 2 * G * K;
 constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed apart, for the digits' sake
 typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));

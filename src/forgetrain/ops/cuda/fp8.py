@@ -12,9 +12,9 @@ weight d_y and x turned. In fp32, the gates' exact mode, operands are plain tens
 """
 
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportAssignmentType=false
-# pyright: reportArgumentType=false
-# Launch options and what a kernel's arguments are inside it: Triton's own types know neither. Nor is it known that
-# operands of one product are both tensors or both in fp8.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# Launch options, what a kernel's arguments are inside it and what its parts return: Triton's own types know none. Nor
+# is it known that operands of one product are both tensors or both in fp8.
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ def load_four(x_ptr, row, col, rows, cols):
 
 
 @triton.jit
+def round_four(a, b, c, d, scale, kind: tl.constexpr):
+    return (a * scale).to(kind), (b * scale).to(kind), (c * scale).to(kind), (d * scale).to(kind)
+
+
+@triton.jit
 def store_four(rows_ptr, a, b, c, d, row, col, rows, cols):
     """The numbers of such rows, in fp8, where they were loaded from in rows [rows, cols]."""
     at, inside = rows_ptr + row[:, None] * cols + col[None, :], (row[:, None] < rows) & (col[None, :] < cols)
@@ -88,8 +93,8 @@ def store_four(rows_ptr, a, b, c, d, row, col, rows, cols):
 @triton.jit
 def store_turned(turned_ptr, a, b, c, d, word, col, words, cols, bits):
     """And turned, as words of four numbers, int32, into turned [cols, words]: what is turned goes from thread to
-    thread, and byte by byte that takes four times as many steps. bits: BITS, not known to compilers, since of a
-    constant they make what ptxas 12.8 dies of."""
+    thread, and byte by byte that takes four times as many steps. words: an argument, so that what divides it is known.
+    bits: BITS, not known to compilers, since of a constant they make what ptxas 12.8 dies of."""
     a, b = a.to(tl.uint8, bitcast=True).to(tl.int32), b.to(tl.uint8, bitcast=True).to(tl.int32)
     c, d = c.to(tl.uint8, bitcast=True).to(tl.int32), d.to(tl.uint8, bitcast=True).to(tl.int32)
     at = turned_ptr + col[:, None].to(tl.int64) * words + word[None, :]
@@ -102,12 +107,9 @@ def store_both(rows_ptr, turned_ptr, a, b, c, d, scale, word, col, rows, cols, w
     """Four rows each of x, times the scale, as they lie and turned. one: 1.0, not known to compilers either, so that
     numbers are rounded once for each: those that are both stored and taken apart ptxas 12.8 mixes up."""
     kind: tl.constexpr = rows_ptr.dtype.element_ty
-    row, again = 4 * word.to(tl.int64), scale * one
-    store_four(
-        rows_ptr, (a * scale).to(kind), (b * scale).to(kind), (c * scale).to(kind), (d * scale).to(kind),
-        row, col, rows, cols,
-    )  # fmt: skip
-    a, b, c, d = (a * again).to(kind), (b * again).to(kind), (c * again).to(kind), (d * again).to(kind)
+    e, f, g, h = round_four(a, b, c, d, scale, kind)
+    store_four(rows_ptr, e, f, g, h, 4 * word.to(tl.int64), col, rows, cols)
+    a, b, c, d = round_four(a, b, c, d, scale * one, kind)
     store_turned(turned_ptr, a, b, c, d, word, col, words, cols, bits)
 
 

@@ -24,17 +24,20 @@ from forgetrain.ops.cuda.fp8 import (
     TOP,
     Fp8,
     load_four,
+    round_four,
     scale_and_unit,
     store_both,
     store_four,
     store_turned,
     words,
 )
+from forgetrain.ops.cuda.largest import magnitude
 
 
 @triton.jit
-def magnitude(x):
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+def magnitude_of_four(a, b, c, d):
+    """The largest of the four, place by place."""
+    return tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
 
 
 @triton.jit
@@ -47,18 +50,9 @@ def span_of_row(x, unit_ptr, row, rows, TOP: tl.constexpr):
 
 @triton.jit
 def quantise_spans_kernel(
-    x_ptr,
-    rows_ptr,
-    turned_ptr,
-    unit_ptr,
-    turned_unit_ptr,
-    rows,
-    cols,
-    words,
-    bits,
-    TOP: tl.constexpr,
-    SIDE: tl.constexpr,
-):
+    x_ptr, rows_ptr, turned_ptr, unit_ptr, turned_unit_ptr, rows, cols, words, bits,
+    TOP: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
     high, wide = tl.program_id(0), tl.program_id(1).to(tl.int64)
     word, col = high * (SIDE // 4) + tl.arange(0, SIDE // 4), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     row = 4 * word.to(tl.int64)
@@ -73,11 +67,9 @@ def quantise_spans_kernel(
         (d * span_of_row(d, units, row + 3, rows, TOP)).to(kind),
         row, col, rows, cols,
     )  # fmt: skip
-    largest = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
-    scale, unit = scale_and_unit(tl.max(largest, axis=0), TOP)
+    scale, unit = scale_and_unit(tl.max(magnitude_of_four(a, b, c, d), axis=0), TOP)
     tl.store(turned_unit_ptr + high.to(tl.int64) * cols + col, unit, mask=col < cols)
-    scale = scale[None, :]
-    a, b, c, d = (a * scale).to(kind), (b * scale).to(kind), (c * scale).to(kind), (d * scale).to(kind)
+    a, b, c, d = round_four(a, b, c, d, scale[None, :], kind)
     store_turned(turned_ptr, a, b, c, d, word, col, words, cols, bits)
 
 
@@ -89,10 +81,11 @@ def quantise_squares_kernel(
     high, wide, part = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     word, col = high * (SIDE // 4) + tl.arange(0, SIDE // 4), wide * SIDE + tl.arange(0, SIDE)
     a, b, c, d = load_four(x_ptr + part * x_step, 4 * word.to(tl.int64), col, rows, cols)
-    largest = tl.maximum(tl.maximum(magnitude(a), magnitude(b)), tl.maximum(magnitude(c), magnitude(d)))
-    scale, unit = scale_and_unit(tl.max(largest), TOP)
-    first = part * rows * cols, part * cols * words
-    store_both(rows_ptr + first[0], turned_ptr + first[1], a, b, c, d, scale, word, col, rows, cols, words, bits, one)
+    scale, unit = scale_and_unit(tl.max(magnitude_of_four(a, b, c, d)), TOP)
+    store_both(
+        rows_ptr + part * rows * cols, turned_ptr + part * cols * words,
+        a, b, c, d, scale, word, col, rows, cols, words, bits, one,
+    )  # fmt: skip
     tl.store(unit_ptr + (part * tl.num_programs(0) + high) * across + wide, unit)
     tl.store(turned_unit_ptr + (part * tl.num_programs(1) + wide) * down + high, unit)
 

@@ -40,8 +40,10 @@ def quantise_kernel(
     word = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     a, b, c, d = load_four(x_ptr + part * x_step, 4 * word.to(tl.int64), col, rows, cols)
-    first = part * rows * cols, part * cols * words
-    store_both(rows_ptr + first[0], turned_ptr + first[1], a, b, c, d, scale, word, col, rows, cols, words, bits, one)
+    store_both(
+        rows_ptr + part * rows * cols, turned_ptr + part * cols * words,
+        a, b, c, d, scale, word, col, rows, cols, words, bits, one,
+    )  # fmt: skip
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.store(unit_ptr + part * UNIT_STEP, unit)
 

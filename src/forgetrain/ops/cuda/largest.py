@@ -17,6 +17,10 @@ SLOTS = 128
 
 
 @triton.jit
+def magnitude(x):
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
 def note_largest(largest_ptr, x, PLACES: tl.constexpr):
-    bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    tl.atomic_max(largest_ptr + tl.program_id(0) % PLACES, tl.max(bits), sem="relaxed")
+    tl.atomic_max(largest_ptr + tl.program_id(0) % PLACES, tl.max(magnitude(x)), sem="relaxed")
