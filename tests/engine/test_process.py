@@ -25,8 +25,8 @@ BATCH = random_batch(TARGET, 1)
 WEIGHTS = initial_weights(TARGET.model, 0)
 
 
-def gone(pid: int) -> bool:
-    for _ in range(100):
+def gone(pid: int, seconds: float = 2.0) -> bool:
+    for _ in range(int(seconds / 0.02)):
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:

@@ -143,7 +143,7 @@ DEFECTS = {
 def test_a_planted_defect_is_rejected_where_it_shows(name, collected, tmp_path):
     dtype, changes, gate, where = DEFECTS[name]
     given = collected(dtype)
-    found = examine(given.engine(tmp_path, *changes), given.gates, given.truth, given.reference)
+    found = examine(given.engine(tmp_path, *changes), given.gates, given.truth, lambda: given.reference)
     last = found.verdicts[-1]
     assert (last.gate, last.passed) == (gate, False)
     assert all(verdict.passed for verdict in found.verdicts[:-1])
@@ -156,7 +156,7 @@ def test_a_planted_defect_is_rejected_where_it_shows(name, collected, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_an_engine_that_equals_the_reference_passes(dtype, collected, tmp_path):
     given = collected(dtype)
-    found = examine(given.engine(tmp_path), given.gates, given.truth, given.reference)
+    found = examine(given.engine(tmp_path), given.gates, given.truth, lambda: given.reference)
     assert [(verdict.gate, verdict.passed) for verdict in found.verdicts] == [("G1", True), ("G2", True), ("G3", True)]
     assert found.divergence is None
     assert found.broken is None
@@ -174,7 +174,7 @@ def test_an_engine_that_equals_the_reference_passes(dtype, collected, tmp_path):
 )
 def test_what_is_no_engine_is_said_to_be_broken(changes, said, collected, tmp_path):
     given = collected("fp32")
-    found = examine(given.engine(tmp_path, *changes), given.gates, given.truth, given.reference)
+    found = examine(given.engine(tmp_path, *changes), given.gates, given.truth, lambda: given.reference)
     assert not found.verdicts[-1].passed
     assert found.broken is not None
     assert said in found.broken

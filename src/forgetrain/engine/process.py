@@ -11,13 +11,9 @@ shards of state are put together here.
 
 from __future__ import annotations
 
-import json
-import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,23 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forgetrain.engine import admit, serve, tree
+from forgetrain.engine import admit, tree
 from forgetrain.engine.contract import Batch, Shard, StepResult, weight_hash
+from forgetrain.engine.launch import launch
 from forgetrain.engine.printed import Tail
 from forgetrain.engine.protocol import Channel, Closed, Message, ProtocolError, Spec, shape_of
 from forgetrain.errors import UserError
 from forgetrain.numerics.compare import bits
-from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
-from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
-SERVE = Path(serve.__file__)
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 _WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
-#: What a stranger's engine sees of this process's environment: where programs, libraries and GPUs are.
-_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
 
 
 class EngineFailure(Exception):
@@ -113,20 +105,8 @@ class EngineProcess:
         pairs = [socket.socketpair() for _ in range(ranks)]
         self._channels = [Channel(ours) for ours, _ in pairs]
         numbers = [theirs.fileno() for _, theirs in pairs]
-        # -P: no folder of the script on the path; -B: no bytecode beside anybody's file; -u: last words are not lost
-        engine = str(Path(module).resolve() if flat else module)
-        argv = [sys.executable, "-P", "-B", "-u", str(SERVE), "--engine", engine]
-        argv += ["--channels", ",".join(map(str, numbers)), "--limits", json.dumps(limits)]
         try:
-            self._process = subprocess.Popen(
-                wrap(argv) if wrap else argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=numbers,
-                start_new_session=True,
-                env=strangers_environment(self.device) if flat else _own_environment(self.device),
-            )
+            self._process = launch(module, numbers, limits, self.device, wrap)
         except OSError:
             for channel in self._channels:
                 channel.close()
@@ -440,9 +420,9 @@ class EngineProcess:
             with self._killing:
                 if self._process.returncode is not None:
                     return self._process.returncode
-                done = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if done is not None:
-                return done.si_status if done.si_code == os.CLD_EXITED else -done.si_status
+                code = self._process.exit_status()
+            if code is not None:
+                return code
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.01)
@@ -476,21 +456,6 @@ class EngineProcess:
 
 class _Raised(Exception):
     """The text of an exception in the engine."""
-
-
-def strangers_environment(device: str) -> dict[str, str]:
-    """The environment of a process that runs a stranger's engine."""
-    known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    return {**RUNTIME, **known, **_of_device(device)}
-
-
-def _own_environment(device: str) -> dict[str, str]:
-    """The environment of a process that runs an engine of this project's: what the user has set holds."""
-    return {**RUNTIME, **os.environ, **_of_device(device)}
-
-
-def _of_device(device: str) -> dict[str, str]:
-    return CUDA_ENVIRONMENT if device == "cuda" else {}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

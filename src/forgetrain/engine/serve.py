@@ -1,12 +1,13 @@
 """The processes of an engine, one a rank: each loads one module, and answers build, load, step, loss, state, restore,
 probe and profile.
 
-Run by ``forgetrain.engine.process``. It needs ``protocol.py`` and ``supervise.py`` beside it and nothing else of this
-project, so that it also runs in a sandbox. The protocol has a socket of its own for each rank: what an engine prints
-cannot end up in a message.
+Run by ``forgetrain.engine.launch``. It needs ``protocol.py`` and ``supervise.py`` beside it and nothing else of this
+project, so that it also runs in a sandbox; outside, with ``--forks``, ``forkserver.py`` too. The protocol has a socket
+of its own for each rank: what an engine prints cannot end up in a message.
 
     serve.py --engine engine.py --channels 5
     serve.py --engine engine.py --channels 5,6
+    serve.py --forks 5
 
 It holds no secrets and takes no verdicts; an engine that breaks out of it into this process gains nothing.
 """
@@ -271,23 +272,33 @@ def kernel_times(events: list[dict[str, Any]]) -> list[list[Any]]:
     return [["", name, micros / 1e6, calls] for name, (micros, calls) in times.items()]
 
 
+def _beside(name: str) -> Any:
+    return load_file(Path(__file__).with_name(f"{name}.py"), f"forgetrain_{name}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", required=True, help="a path that ends in .py, or a dotted module name")
-    parser.add_argument("--channels", required=True, help="inherited sockets' numbers, one a rank")
+    parser.add_argument("--engine", help="a path that ends in .py, or a dotted module name")
+    parser.add_argument("--channels", help="inherited sockets' numbers, one a rank")
     parser.add_argument("--limits", type=json.loads, default={}, help="JSON object of resource limits")
+    parser.add_argument("--forks", type=int, help="an inherited socket's number: fork for what is asked for on it")
     arguments = parser.parse_args()
-    protocol, supervise = (
-        load_file(Path(__file__).with_name(f"{name}.py"), f"forgetrain_{name}") for name in ("protocol", "supervise")
-    )
+    protocol, supervise = _beside("protocol"), _beside("supervise")
+    engine, limits = arguments.engine, arguments.limits
+    if arguments.forks is None:
+        channels = [int(number) for number in arguments.channels.split(",")]
+    else:
+        asked = _beside("forkserver").children(socket.socket(fileno=arguments.forks))
+        if asked is None:
+            return 0
+        engine, channels, limits = asked
     supervise.die_with_parent()
-    supervise.set_limits(arguments.limits)
-    channels = [int(number) for number in arguments.channels.split(",")]
+    supervise.set_limits(limits)
 
     def serve(rank: int, number: int, store: str) -> int:
         channel = protocol.Channel(socket.socket(fileno=number))
         with contextlib.suppress(protocol.Closed):  # the parent is gone or has closed the channel
-            Server(channel, arguments.engine, rank, len(channels), store).run()
+            Server(channel, engine, rank, len(channels), store).run()
         return 0
 
     return supervise.in_ranks(serve, channels)

@@ -18,8 +18,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ def align(
                 if not reach.agrees:
                     break
                 result.plan = plan = search.settle(plan)
-                judge = partial(examine, gates=gates, truth=truth, reference=reference, tell=report)
+                judge = partial(examine, gates=gates, truth=truth, reference=lambda: reference, tell=report)
                 found = _judge_plan(result, plan, target, record, judge)
                 if found.truth is None or found.divergence is None:
                     break
@@ -171,8 +172,8 @@ def diagnose(
         found = examine_recorded(file, record, captured, box=box, tell=report)
         found.verdicts.insert(0, script)
     else:
-        report("starting the reference", 0.0)
-        with start_reference(gates) as reference:
+        with ExitStack() as running:
+            reference = cache(lambda: running.enter_context(start_reference(gates)))
             found = examine(file, gates, truth, reference, box=box, tell=report)
     return AlignResult(
         target.name,

@@ -1,6 +1,6 @@
 """G1, G2 and G3 of one engine file, which is frozen: run in processes of its own and never changed.
 
-    examination = examine(Path("engine.py"), gates, golden_truth(record, gates), reference)
+    examination = examine(Path("engine.py"), gates, golden_truth(record, gates), lambda: reference)
     [verdict.gate for verdict in examination.verdicts]      # up to the first gate that fails
 
 The engine is driven through the engine contract alone, so any engine file can be examined. When G2 fails, the step at
@@ -54,13 +54,13 @@ def examine(
     file: Path,
     gates: Target,
     truth: Truth,
-    reference: EngineProcess,
+    reference: Callable[[], EngineProcess],
     *,
     box: Sandbox | None = None,
     tell: Tell = lambda stage, share: None,
 ) -> Examination:
-    """``gates``: the target at the gates' shape. ``truth``: the golden step. ``reference``: running, at world size 1,
-    and on a GPU closed before G3. ``box``: the sandbox, for files that this program did not write.
+    """``gates``: the target at the gates' shape. ``truth``: the golden step. ``reference``: the one running at world
+    size 1, first asked for after G1, so that what is no engine waits for none; on a GPU it is closed before G3. ``box``: the sandbox, for files that this program did not write.
 
     Raises:
         ReferenceFailure: the reference broke; whatever the engine does is in the verdicts.
@@ -86,12 +86,12 @@ def examine(
                 return found
             gate = "G2"
             tell("G2: a trajectory on unseen batches", 0.55)
-            run = _hidden_run(gates, reference)
+            run = _hidden_run(gates, _of_reference(reference))
             middle, steps = _candidate_run(candidate, run)
             verdict = g2(run.due, steps, steps=gates.gates.steps, seed=run.stream.seed, sandboxed=sandboxed)
             found.verdicts.append(verdict)
             if not verdict.passed:
-                _look_into(found, run, steps, candidate, reference)
+                _look_into(found, run, steps, candidate, reference())
                 return found
         gate = "G3"
         tell("G3: a fresh process goes on from the saved state", 0.8)
@@ -101,7 +101,7 @@ def examine(
             resumed = list(trajectory(fresh, run.stream, half, len(run.due)))
         tell("G3: two ranks", 0.85)
         if gates.hardware.device == "cuda":
-            reference.close()  # it is not asked again, and three of a large model are too many for one GPU
+            reference().close()  # it is not asked again, and three of a large model are too many for one GPU
         due = _of_reference(lambda: _two_ranks(start_reference(gates, ranks=RANKS), run))
         ranks = _two_ranks(start(RANKS), run)
         found.verdicts.append(g3(due, ranks, steps[half:], resumed, ranks=RANKS, sandboxed=sandboxed))

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from forgetrain.engine import tree
+from forgetrain.engine.launch import strangers_environment
 from forgetrain.engine.printed import Tail
-from forgetrain.engine.process import strangers_environment
 from forgetrain.errors import UserError
 from forgetrain.gates.g9 import TrainingRun
 from forgetrain.judge.sandbox import Sandbox, training_sandbox

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 import forgetrain
-from forgetrain.engine.process import SERVE, strangers_environment
+from forgetrain.engine.launch import SERVE, strangers_environment
 from forgetrain.errors import UserError
 from forgetrain.judge.scratch import Scratch, keep_newest
 from forgetrain.numerics.runtime import RUNTIME

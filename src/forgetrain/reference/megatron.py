@@ -247,15 +247,22 @@ class Megatron:
         return getattr(self.optimizer, "chained_optimizers", [self.optimizer])[0]
 
 
+def preload() -> None:
+    """Imports megatron-core, which takes longer than all else that ``build`` does. Raises ImportError."""
+    with warnings.catch_warnings(), compiled_when_called():
+        warnings.simplefilter("ignore")  # that Transformer Engine and Apex are absent is this reference's point
+        import megatron.core.models.gpt.gpt_model
+        import megatron.core.optimizer
+        import torch._dynamo  # noqa: F401  (the first of torch's optimizers would)
+
+
 def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any = None) -> Megatron:
     """The factory. Raises UserError for what megatron-core's local layers cannot compute, naming the key."""
     parsed = parse_target(dict(target))
     refuse_unsupported(parsed)
     try:
-        with warnings.catch_warnings(), compiled_when_called():
-            warnings.simplefilter("ignore")  # that Transformer Engine and Apex are absent is this reference's point
-            import megatron.core  # noqa: F401
-            from megatron.core import parallel_state
+        preload()
+        from megatron.core import parallel_state
     except ImportError as error:
         raise UserError(
             f"megatron-core is not usable: {error}",

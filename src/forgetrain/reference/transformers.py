@@ -286,6 +286,12 @@ def make_network(model: Model, attention: str, precision: str) -> Any:
     return network.train()
 
 
+def preload() -> None:
+    """Imports of transformers what most models need, which takes longer than all else that ``build`` does. Raises
+    ImportError."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+
 def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any = None) -> Transformers:
     """The factory; ``mesh`` is the caller's data-parallel mesh, or None."""
     return Transformers(parse_target(dict(target)), device, precision, None if mesh is None else mesh.get_group())

@@ -1,0 +1,87 @@
+"""How the processes of an engine come to be: on a CPU, forked from one that has imported what they need, where this
+program vouches for the engine; else started, in a sandbox or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from forgetrain.engine import serve
+from forgetrain.engine.forkserver import Child, ForkServer, exit_code
+from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
+from forgetrain.numerics.runtime import RUNTIME
+
+SERVE = Path(serve.__file__)
+#: -P: no folder of the script on the path; -B: no bytecode beside anybody's file; -u: last words are not lost
+_SERVE = (sys.executable, "-P", "-B", "-u", str(SERVE))
+#: What a stranger's engine sees of this process's environment: where programs, libraries and GPUs are.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
+
+#: By process, for a fork of this one has none; by module, so that no reference runs where another was imported; and
+#: by environment.
+_fork_servers: dict[tuple[int, str, frozenset], ForkServer] = {}
+_starting = threading.Lock()
+
+
+class Started(subprocess.Popen):
+    """A process of its own."""
+
+    def exit_status(self) -> int | None:
+        """As ``returncode`` will be; None while it runs. It is not reaped: until then nobody else gets its number."""
+        return exit_code(os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+
+
+def launch(
+    module: str | Path,
+    channels: list[int],
+    limits: Mapping[str, int],
+    device: str,
+    wrap: Callable[[list[str]], list[str]] | None,
+) -> Child | Started:
+    """``serve.py`` for an engine file or a dotted module; all but ``channels``, its sockets' numbers, are
+    EngineProcess's. Raises OSError when there is no process to be had."""
+    flat = str(module).endswith(".py")
+    engine = str(Path(module).resolve() if flat else module)
+    environment = strangers_environment(device) if flat else _own_environment(device)
+    if wrap is None and device == "cpu" and sys.platform == "linux":
+        return _fork_server("" if flat else engine, environment).start(engine, channels, limits)
+    argv = [*_SERVE, "--engine", engine, "--channels", ",".join(map(str, channels)), "--limits", json.dumps(limits)]
+    return Started(
+        wrap(argv) if wrap else argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pass_fds=channels,
+        start_new_session=True,
+        env=environment,
+    )
+
+
+def _fork_server(module: str, environment: Mapping[str, str]) -> ForkServer:
+    """``module``: what its children import besides torch, or empty."""
+    key = os.getpid(), module, frozenset(environment.items())
+    with _starting:
+        server = _fork_servers.get(key)
+        if server is None or not server.alive:
+            server = _fork_servers[key] = ForkServer([*_SERVE, "--forks"], environment)
+    return server
+
+
+def strangers_environment(device: str) -> dict[str, str]:
+    """The environment of a process that runs a stranger's engine."""
+    known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    return {**RUNTIME, **known, **_of_device(device)}
+
+
+def _own_environment(device: str) -> dict[str, str]:
+    """The environment of a process that runs an engine of this project's: what the user has set holds."""
+    return {**RUNTIME, **os.environ, **_of_device(device)}
+
+
+def _of_device(device: str) -> dict[str, str]:
+    return CUDA_ENVIRONMENT if device == "cuda" else {}
