@@ -251,8 +251,6 @@ def preload() -> None:
     """Imports megatron-core, which takes longer than all else that ``build`` does. Raises ImportError."""
     with warnings.catch_warnings(), compiled_when_called():
         warnings.simplefilter("ignore")  # that Transformer Engine and Apex are absent is this reference's point
-        import megatron.core.models.gpt.gpt_model
-        import megatron.core.optimizer
         import torch._dynamo  # noqa: F401  (the first of torch's optimizers would)
 
 
