@@ -60,7 +60,8 @@ def examine(
     tell: Tell = lambda stage, share: None,
 ) -> Examination:
     """``gates``: the target at the gates' shape. ``truth``: the golden step. ``reference``: the one running at world
-    size 1, first asked for after G1, so that what is no engine waits for none; on a GPU it is closed before G3. ``box``: the sandbox, for files that this program did not write.
+    size 1, first asked for after G1, so that what is no engine waits for none; on a GPU it is closed before G3.
+    ``box``: the sandbox, for files that this program did not write.
 
     Raises:
         ReferenceFailure: the reference broke; whatever the engine does is in the verdicts.
