@@ -83,6 +83,23 @@ def test_where_none_stands_the_aligned_engine_is_champion_and_no_folder_stays(tm
     assert loop(target, tmp_path, Script([])).run().verified is None
 
 
+def test_a_call_that_finds_the_budget_spent_judges_nothing_again_that_it_finds_as_it_was(tmp_path, monkeypatch):
+    target = prepared(tmp_path, attempts=1)
+    first, judge = loop(target, tmp_path, Script([FAST])).run(), Verdicts()
+    again = loop(target, tmp_path, Script([FASTER]), judge).run()
+    assert judge.seen == []
+    assert (again.folder, again.verified, again.champion) == (first.folder, True, first.champion)
+    assert again.ended == "1 attempts are made"
+    (first.folder / "engine.py").write_text("speed = 9.9\n")
+    mended = loop(target, tmp_path, Script([]), judge).run()
+    assert judge.seen == [FAST]
+    assert (mended.folder / "engine.py").read_text() == FAST
+    plain = optimise.fingerprint
+    monkeypatch.setattr(optimise, "fingerprint", lambda **options: {**plain(**options), "processor": "another"})
+    loop(target, tmp_path, Script([]), judge).run()
+    assert judge.seen == [FAST, FAST]
+
+
 def test_one_slow_moment_deposes_nobody(tmp_path):
     target = prepared(tmp_path, verify_every=2)
     run = loop(target, tmp_path, Script([FAST, *failing(3)]), Turncoat(FAST, gate="G7", times=1))

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from forgetrain.forge.optimise import Loop, plan_of
+from forgetrain.engine.plan import Plan
+from forgetrain.forge.optimise import Loop
 from forgetrain.forge.profile import profile_engine
 from forgetrain.forge.proposers.base import Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
@@ -38,7 +39,7 @@ def open_loop(
     """``runs/<target>`` is collected, aligned and has data. Without a proposer the catalogue writes; the rest is
     ``Loop``'s and ``Judge``'s. ``on_cluster``: candidates are judged on a Ray cluster's nodes."""
     run = runs / target.name
-    catalogue = Catalogue(target, plan_of(run), seed=target.recipe.seed)
+    catalogue = Catalogue(target, Plan.read(run / "engine" / "plan.toml"), seed=target.recipe.seed)
     floor = least_step_seconds(target, say)
     options: dict[str, Any] = {"data": run / "data", "roofline_seconds": floor, "effort": effort or Effort(keep=True)}
     with ExitStack() as opened:

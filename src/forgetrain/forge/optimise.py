@@ -21,14 +21,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from forgetrain.durable import sha256_file
-from forgetrain.engine.plan import Plan
 from forgetrain.forge.briefing import how_it_ended, plan_behind, write_brief
 from forgetrain.forge.outcome import Champion, Judged, LoopOutcome
 from forgetrain.forge.profile import Profile, read_profile
 from forgetrain.forge.proposers.base import Brief, Budget, NoProposal, Proposal, Proposer
 from forgetrain.forge.proposers.catalogue import Catalogue
-from forgetrain.forge.provenance import write_champion
+from forgetrain.forge.provenance import holds, write_champion
 from forgetrain.forge.refs import keep_commit
 from forgetrain.forge.standing import attempts_since_verification, moved, passed_all_gates, standing
 from forgetrain.forge.stuck import Rung, rung
@@ -99,11 +97,11 @@ class Loop:
         """
         with self._claimed():
             self._remember()
-            ended = None
+            before, ended = len(self._outcomes()), None
             while ended is None:
                 ended = self._attempt()
             self._attempt_began = None
-            return self._verified(ended)
+            return self._standing(ended) if len(self._outcomes()) == before else self._verified(ended)
 
     def submit(self, proposal: Proposal, name: str = "submit") -> LoopOutcome:
         """One candidate that a person or an agent brings, through the same gates; it counts as an attempt, but no
@@ -440,11 +438,21 @@ class Loop:
             outcome.folder = self._write(outcome)
         return outcome
 
+    def _standing(self, ended: str) -> LoopOutcome:
+        """The same where nothing was attempted: a champion that lies there as it passed every gate again, on this
+        machine, does not have to once more."""
+        champion, folder = self.champion(), self.runs / self.target.name / "champion"
+        if not holds(folder, champion.digest) or moved(self.ledger, self.key, champion.digest, self.environment):
+            return self._verified(ended)
+        outcome = self._outcome(ended)
+        outcome.folder, outcome.verified = folder, None if self.gates is not None else True
+        return outcome
+
     def _provisional(self, ended: str) -> LoopOutcome:
         """The outcome with the champion as a part of the gates elected it, written out unless it lies there."""
         outcome, folder = self._outcome(ended), self.runs / self.target.name / "champion"
         outcome.folder = folder
-        if not (folder / "engine.py").is_file() or sha256_file(folder / "engine.py") != outcome.champion:
+        if not holds(folder, outcome.champion):
             latest = {verdict["gate"]: verdict for verdict in self.ledger.verdicts(outcome.champion)}
             verdicts = [{**verdict, "pass": bool(verdict["pass"])} for verdict in latest.values()]
             outcome.verification = {"speed": self._speed, "verdicts": verdicts}
@@ -481,14 +489,8 @@ class Loop:
         """The election is taken back, and so is the folder that was written for it; the ledger keeps the engine."""
         self.ledger.depose(judging)
         folder = self.runs / self.target.name / "champion"
-        written = folder / "engine.py"
-        if written.is_file() and sha256_file(written) == digest:
+        if holds(folder, digest):
             shutil.rmtree(folder)
         before = self.champion().digest
         whom = "the aligned engine" if before == self.baseline else before[:12]
         self.say(f"champion {digest[:12]} FAILED {failed.gate} when judged again and is deposed; {whom} is champion")
-
-
-def plan_of(run: Path) -> Plan:
-    """The aligned engine's plan."""
-    return Plan.read(run / "engine" / "plan.toml")

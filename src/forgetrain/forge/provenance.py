@@ -50,6 +50,12 @@ def write_champion(
     return run / "champion"
 
 
+def holds(folder: Path, digest: str) -> bool:
+    """Whether a champion's folder is there, and its engine has this hash."""
+    file = folder / "engine.py"
+    return file.is_file() and sha256_file(file) == digest
+
+
 def _write_aligned(engine: Path, folder: Path, common: Mapping[str, Any]) -> None:
     folder.mkdir()
     for name in ("engine.py", "plan.toml"):
