@@ -28,7 +28,7 @@ from forgetrain.engine.contract import weight_hash
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.process import EngineProcess
 from forgetrain.engine.write import write_engine
-from forgetrain.forge.align import align, alignable
+from forgetrain.forge.align import ORIGIN, align, alignable, origin
 from forgetrain.forge.begin import open_loop
 from forgetrain.forge.collect import ReferenceRejected, open_or_collect, start_reference
 from forgetrain.forge.proposers.base import Proposal
@@ -225,11 +225,9 @@ class _Job:
 
     def align(self, progress: Progress) -> None:
         folder = self.folder / "engine"
-        stamp = folder / "golden.json"
-        sections = {name: value for name, value in self.target.plain().items() if name not in ("search", "train")}
-        golden = {"manifest": sha256_file(self.record.folder / MANIFEST), "target": sections}
-        engine = folder / "engine.py"
-        if not self.restart and stamp.is_file() and engine.is_file() and read_json(stamp, "align again") == golden:
+        engine, known = folder / "engine.py", folder / ORIGIN
+        fits = known.is_file() and read_json(known, "align again") == origin(self.target, self.record)
+        if not self.restart and engine.is_file() and fits:
             verdicts = find_verdicts(engine, [])
             if verdicts and all(verdict["pass"] for verdict in verdicts):
                 self.watcher.say("the engine is aligned with this record already")
@@ -244,7 +242,6 @@ class _Job:
                 where = result.broken or (str(result.divergence) if result.divergence else "no engine was written")
                 self.prove(f"the engine equals {self.target.reference.name} bit for bit", False, where)
             raise Stopped
-        write_json(stamp, golden)
         self._aligned(result.engine, [verdict.as_dict() for verdict in result.verdicts])
 
     def _aligned(self, engine: Path, verdicts: list[dict[str, Any]]) -> None:

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from forgetrain.cli.main import main
-from tests.cli.test_run import write_target
 
 
 @pytest.fixture(scope="module")
-def aligned(tmp_path_factory):
+def aligned(aligned_run):
     """A folder with a target and its aligned engine, and the result that the command printed."""
-    folder = tmp_path_factory.mktemp("align")
-    target = write_target(folder, "transformers")
-    done = subprocess.run(
-        [sys.executable, "-m", "forgetrain", "align", target, "--json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, target, json.loads(done.stdout.splitlines()[-1])
+    return aligned_run.folder, aligned_run.target, json.loads(aligned_run.printed.splitlines()[-1])
 
 
 def call(monkeypatch, capsys, folder, *arguments):

@@ -24,12 +24,13 @@ def forge(folder, *arguments, code=0):
 
 
 @pytest.mark.slow
-def test_the_catalogue_forges_a_tiny_target_and_a_second_call_goes_on(tmp_path):
-    target = write_target(tmp_path, "transformers")
+def test_the_catalogue_forges_a_tiny_target_and_a_second_call_goes_on(aligned_run, tmp_path):
+    target = aligned_run.copied_to(tmp_path)
     quick = ("--set", "gates.g5_steps=20", "--set", "gates.ranks=1", "--set", "search.attempts=1")
     first = forge(tmp_path, target, *quick, "--json")
     outcome = json.loads(first.stdout.splitlines()[-1])
     assert outcome["attempts"] == 1
+    assert "the engine is aligned with this record already" in first.stderr
     assert "attempt 1, catalogue: production schedule" in first.stderr
     with Ledger(tmp_path / "runs" / "ledger") as ledger:
         row = ledger.query("SELECT * FROM attempts WHERE proposer = 'catalogue'")[0]
@@ -43,8 +44,8 @@ def test_the_catalogue_forges_a_tiny_target_and_a_second_call_goes_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_agent_that_changes_nothing_is_a_failed_attempt(tmp_path):
-    target = write_target(tmp_path, "transformers")
+def test_an_agent_that_changes_nothing_is_a_failed_attempt(aligned_run, tmp_path):
+    target = aligned_run.copied_to(tmp_path)
     done = forge(tmp_path, target, "--agent", "true", "--set", "search.attempts=2", "--json")
     assert done.stderr.count("the agent changed nothing") == 2
     assert json.loads(done.stdout.splitlines()[-1])["elections"] == 0

@@ -9,8 +9,6 @@ import sys
 import pytest
 from mcp import ClientSession, StdioServerParameters, stdio_client
 
-from tests.cli.test_run import write_target
-
 
 def text_of(result):
     return "".join(block.text for block in result.content)
@@ -34,8 +32,8 @@ async def talk(folder, target):
 
 
 @pytest.mark.slow
-def test_an_agent_reads_the_brief_and_submits(tmp_path):
-    target = write_target(tmp_path, "transformers")
+def test_an_agent_reads_the_brief_and_submits(aligned_run, tmp_path):
+    target = aligned_run.copied_to(tmp_path)
     tools, brief, champion, answer, board, profile = asyncio.run(talk(tmp_path, target))
     assert tools == {"brief", "champion", "submit", "verdicts", "profile", "leaderboard"}
     assert "# Make the engine of tiny faster" in brief

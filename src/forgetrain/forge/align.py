@@ -40,6 +40,8 @@ from forgetrain.judge.hidden import derive
 from forgetrain.judge.sandbox import sandbox
 from forgetrain.spec.target import Target
 
+ORIGIN = "golden.json"
+
 #: Candidates that are frozen and judged, at most; each failure of G2 gives the walk one more step to agree with.
 CANDIDATES = 4
 
@@ -96,8 +98,8 @@ def align(
     report: Tell = lambda stage, share: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> AlignResult:
-    """Finds a plan, writes its engine, and judges it; writes ``engine.py``, ``plan.toml`` and ``verdicts.json`` to
-    ``out`` when G1 to G3 hold, else to a folder beside it whose name ends in ``.failed``.
+    """Finds a plan, writes its engine, and judges it; writes ``engine.py``, ``plan.toml``, ``verdicts.json``
+    and ``golden.json`` to ``out`` when G1 to G3 hold, else to a folder beside it whose name ends in ``.failed``.
 
     start: the plan from which the search goes on, the textbook's unless given: one that was found for fewer layers
     spares a large model the walk. report: gets the stage that begins and the share of the work that is done. say: one
@@ -221,6 +223,12 @@ def _judge_plan(
     return found
 
 
+def origin(target: Target, record: GoldenRecord) -> dict[str, Any]:
+    """What an engine was aligned with, as ``ORIGIN`` beside it says: the same again would give the same engine."""
+    sections = {name: value for name, value in target.plain().items() if name not in ("search", "train")}
+    return {"manifest": sha256_file(record.folder / MANIFEST), "target": sections}
+
+
 def _not_reached(reach: Reach, later: str) -> Verdict:
     """The verdict of a walk at whose end nothing helped; ``later`` is the gate of steps after the golden one."""
     if reach.divergence is None:
@@ -254,4 +262,5 @@ def _write(result: AlignResult, target: Target, record: GoldenRecord, out: Path)
         (fresh / "plan.toml").write_text(result.plan.toml(), encoding="utf-8")
         verdicts = [verdict.as_dict() for verdict in result.verdicts]
         write_json(fresh / "verdicts.json", {"sha256": result.sha256, "verdicts": verdicts})
+        write_json(fresh / ORIGIN, origin(target, record))
     result.engine = folder / "engine.py"

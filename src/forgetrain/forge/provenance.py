@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetrain.durable import new_folder, read_json, sha256_file, write_json
+from forgetrain.forge.align import ORIGIN
 from forgetrain.judge.ledger import Ledger
 from forgetrain.spec.target import Target
 from forgetrain.train.verified import find_verdicts
@@ -30,7 +31,7 @@ def write_champion(
     speed: Mapping[str, Any],
 ) -> Path:
     """Writes ``run/champion``, whole or not at all, and returns it. ``champion``: the ledger's row."""
-    golden = run / "engine" / "golden.json"
+    golden = run / "engine" / ORIGIN
     common = {
         "target": target.plain(),
         "environment": dict(environment),

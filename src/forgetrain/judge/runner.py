@@ -118,6 +118,9 @@ class Judge:
         self.scratch = self._scratch.path
         self.known_good = self.scratch / "known_good.py"
         self.known_good.write_text(write_engine(target.for_reference(), Plan(KNOWN_GOOD)), encoding="utf-8")
+        #: Another, for where one says too little of how far rounding leads.
+        self.textbook = self.scratch / "textbook.py"
+        self.textbook.write_text(write_engine(target.for_reference(), Plan.textbook()), encoding="utf-8")
         #: An engine known to be right in the target's own dtype, where the reference has none: fp8's errors are far
         #: larger than the reference's, and differ from kind to kind of tensor.
         self.peer = self.known_good

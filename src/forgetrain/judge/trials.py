@@ -190,13 +190,13 @@ class Training:
 
 def paired_training(trial: Trial) -> Iterator[Verdict]:
     gates = trial.judge.gates_target.gates
-    references, known = _pool(trial, "reference"), _pool(trial, "known good")
+    references, *known = (_pool(trial, kind) for kind in ("reference", "known good", "textbook"))
     with trial.process(trial.judge.gates_target) as engine:
         mine = [_train(trial, engine, seed) for seed in trial.judge.pool]
     yield g5(
         [run.losses for run in mine],
         [run.losses for run in references],
-        [[run.losses for run in known]],
+        [[run.losses for run in runs] for runs in known],
         relative=gates.g5_relative,
         band_factor=gates.g5_band,
         seeds=gates.g5_seeds,
@@ -323,7 +323,12 @@ def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
 def _pool(trial: Trial, kind: str) -> list[Training]:
     """Training runs with the judge's own seeds, made once for all candidates."""
     judge = trial.judge
-    modules = {"reference": judge.reference, "known good": judge.known_good, "peer": judge.peer}
+    modules = {
+        "reference": judge.reference,
+        "known good": judge.known_good,
+        "textbook": judge.textbook,
+        "peer": judge.peer,
+    }
     if kind == "peer" and judge.peer == judge.known_good:
         kind = "known good"
     if kind not in judge.kept:
