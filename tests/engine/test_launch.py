@@ -95,11 +95,11 @@ def test_an_interrupted_request_is_not_answered_to_the_next_one(tmp_path, monkey
         engine.load(WEIGHTS)
 
 
-def test_the_environment_is_that_of_now(tmp_path, monkeypatch):
+def test_the_environment_is_that_of_now_and_servers_of_others_end(tmp_path, monkeypatch):
     for value in ("1", "2"):
         monkeypatch.setenv("LANG", value)
         with EngineProcess(toy(tmp_path, build=f"assert os.environ['LANG'] == {value!r}"), TARGET):
-            pass
+            assert len(servers()) == 1
 
 
 def test_a_server_ends_with_its_parent():

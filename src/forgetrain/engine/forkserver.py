@@ -40,6 +40,7 @@ class Child:
         code = self.returncode
         if code is None:
             code = self.returncode = int(self._server.ask({"do": "wait", "pid": self.pid}, lost=-signal.SIGKILL))
+            self._server.running -= 1
         return code
 
 
@@ -48,6 +49,7 @@ class ForkServer:
     socket, which comes last."""
 
     def __init__(self, argv: list[str], environment: Mapping[str, str]):
+        self.running = 0  # children that nobody has waited for
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
         with theirs:
@@ -90,6 +92,7 @@ class ForkServer:
             files = [*(theirs for _, theirs in ends), folder, *channels]
             pid = self.ask({"do": "fork", "module": module, "limits": dict(limits)}, files=files)
             kept.pop_all()
+        self.running += 1
         return Child(self, pid, *(os.fdopen(ours, "rb", 0) for ours, _ in ends))
 
     def ask(self, request: Mapping[str, Any], files: list[int] | None = None, lost: int | None = None) -> Any:

@@ -63,11 +63,15 @@ def launch(
 
 
 def _fork_server(module: str, environment: Mapping[str, str]) -> ForkServer:
-    """``module``: what its children import besides torch, or empty."""
+    """``module``: what its children import besides torch, or empty. One for another environment ends when it has no
+    children: that will hardly come back."""
     key = os.getpid(), module, frozenset(environment.items())
     with _starting:
         server = _fork_servers.get(key)
         if server is None or not server.alive:
+            for other, idle in list(_fork_servers.items()):
+                if other[:2] == key[:2] and idle.running == 0:
+                    _fork_servers.pop(other).close()
             server = _fork_servers[key] = ForkServer([*_SERVE, "--forks"], environment)
     return server
 

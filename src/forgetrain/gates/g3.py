@@ -79,12 +79,13 @@ def _failed(name: str, parting: Parting, steps: int, sandboxed: bool) -> Verdict
 FACTOR = 4.0
 #: What is allowed where the known-good engine happens to be nearer: the order of sums alone, by dtype. ``moments``: of
 #: each kind of parameter. In fp32 at least three times what an honest engine took of it in 450 runs of models of two
-#: layers, half of which stay below a hundredth of that: 6e-6, 8e-5 and 9e-4. In bf16 twice what honest engines on 2 x 2
-#: ranks were seen to take: their norms differ by up to 0.017 where the known-good engine's, by luck, do by 0.0006. What
-#: a share of a sum is worth is far above.
+#: layers, half of which stay below a hundredth of that: 6e-6, 8e-5 and 9e-4. In bf16, where what fp32 finds was found
+#: before, two to four times what honest engines on four ranks were seen to take in 28 runs, more often and more with
+#: tensor ranks: 0.052 of a norm, half of them stay below 0.008, and 0.155 of the moments, half below 0.08. The
+#: known-good engine may be nearer than that by luck: 0.001 and 0.03. What a share of a sum is worth is above.
 FLOORS = {
     "fp32": {"loss": 3e-5, "evaluation": 3e-5, "grad_norm": 3e-4, "moments": 3e-3},
-    "bf16": {"loss": 5e-3, "evaluation": 5e-3, "grad_norm": 3e-2, "moments": 0.2},
+    "bf16": {"loss": 5e-3, "evaluation": 5e-3, "grad_norm": 0.2, "moments": 0.3},
 }
 
 
