@@ -122,8 +122,9 @@ def test_bad_input_is_one_line(done, tmp_path):
     assert absent.stderr.count("\n") == 1
 
 
-def test_interrupted_it_goes_on_where_it_was(tmp_path):
-    target = write_target(tmp_path, "transformers")
+def test_interrupted_it_leaves_nothing_half_done(aligned_run, tmp_path):
+    target = aligned_run.copied_to(tmp_path)
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "engine")
     process = subprocess.Popen(command(target), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     lines = []
     for line in process.stderr:

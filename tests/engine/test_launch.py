@@ -34,7 +34,8 @@ def build(target, *, device, precision, mesh):
 
 
 def servers(module=""):
-    return [server for key, server in launch._fork_servers.items() if key[:2] == (os.getpid(), module) and server.alive]
+    mine = os.getpid(), module, 0
+    return [server for key, server in launch._fork_servers.items() if key[:3] == mine and server.alive]
 
 
 def test_a_module_is_imported_before_its_engines_are_forked(tmp_path, monkeypatch):
@@ -55,6 +56,16 @@ def test_engines_share_nothing_but_what_was_imported(tmp_path):
         other.load(WEIGHTS)
         one.step(BATCH, 0.1)
         assert one.weight_hash() != other.weight_hash()
+
+
+def test_engines_of_different_origins_do_not_even_have_a_hash_seed_in_common(tmp_path):
+    seeds = tmp_path / "seeds"
+    path = toy(tmp_path, build=f"print(hash('a'), file=open({str(seeds)!r}, 'a'))")
+    for origin in (0, 0, 1):
+        with EngineProcess(path, TARGET, origin=origin):
+            pass
+    first, again, other = seeds.read_text().split()
+    assert first == again != other
 
 
 def test_a_fork_servers_death_is_its_engines_and_the_next_engine_gets_another(tmp_path):
@@ -106,7 +117,7 @@ def test_a_server_ends_with_its_parent():
     script = (
         "import os, signal\n"
         "from forgetrain.engine.launch import _fork_server, strangers_environment\n"
-        "print(_fork_server('', strangers_environment('cpu'))._process.pid, flush=True)\n"
+        "print(_fork_server('', 0, strangers_environment('cpu'))._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run(

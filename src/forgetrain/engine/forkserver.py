@@ -45,8 +45,8 @@ class Child:
 
 
 class ForkServer:
-    """Starts with its first child and ends with this process. ``argv``: its command line but for the number of its
-    socket, which comes last."""
+    """Starts at once, while this process goes on, and ends with it. ``argv``: its command line but for the number of
+    its socket, which comes last."""
 
     def __init__(self, argv: list[str], environment: Mapping[str, str]):
         self.running = 0  # children that nobody has waited for
@@ -114,19 +114,19 @@ class ForkServer:
         return lost
 
 
-def children(control: socket.socket) -> tuple[str, list[int], dict[str, int]] | None:
-    """Answers requests until the other end is closed, and returns None then; but in every child that it forks it
-    returns what that is to serve: module, channels, limits."""
+def children(control: socket.socket, module: str) -> tuple[str, list[int], dict[str, int]] | None:
+    """Imports ``module``, unless that is empty, and what its ``preload`` does; then answers requests until the other
+    end is closed, and returns None; but in every child that it forks it returns what that is to serve: module,
+    channels, limits."""
+    if module:
+        with contextlib.suppress(Exception):  # the child will fail by it, and say so
+            getattr(importlib.import_module(module), "preload", lambda: None)()
     while True:
         text, files, _, _ = socket.recv_fds(control, _LONGEST, 64)
         if not text:
             return None
         request = json.loads(text)
         if request["do"] == "fork":
-            if not request["module"].endswith(".py"):
-                with contextlib.suppress(Exception):  # the child will fail by it, and say so
-                    module = importlib.import_module(request["module"])
-                    getattr(module, "preload", lambda: None)()
             pid = os.fork()
             if pid == 0:
                 control.close()

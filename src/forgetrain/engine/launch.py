@@ -22,9 +22,9 @@ _SERVE = (sys.executable, "-P", "-B", "-u", str(SERVE))
 #: What a stranger's engine sees of this process's environment: where programs, libraries and GPUs are.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES")
 
-#: By process, for a fork of this one has none; by module, so that no reference runs where another was imported; and
-#: by environment.
-_fork_servers: dict[tuple[int, str, frozenset], ForkServer] = {}
+#: By process, for a fork of this one has none; by module, so that no reference runs where another was imported; by
+#: origin; and by environment.
+_fork_servers: dict[tuple[int, str, int, frozenset], ForkServer] = {}
 _starting = threading.Lock()
 
 
@@ -42,14 +42,15 @@ def launch(
     limits: Mapping[str, int],
     device: str,
     wrap: Callable[[list[str]], list[str]] | None,
+    origin: int = 0,
 ) -> Child | Started:
     """``serve.py`` for an engine file or a dotted module; all but ``channels``, its sockets' numbers, are
     EngineProcess's. Raises OSError when there is no process to be had."""
     flat = str(module).endswith(".py")
     engine = str(Path(module).resolve() if flat else module)
     environment = strangers_environment(device) if flat else _own_environment(device)
-    if wrap is None and device == "cpu" and sys.platform == "linux":
-        return _fork_server("" if flat else engine, environment).start(engine, channels, limits)
+    if wrap is None and _can_fork(device):
+        return _fork_server("" if flat else engine, origin, environment).start(engine, channels, limits)
     argv = [*_SERVE, "--engine", engine, "--channels", ",".join(map(str, channels)), "--limits", json.dumps(limits)]
     return Started(
         wrap(argv) if wrap else argv,
@@ -62,17 +63,27 @@ def launch(
     )
 
 
-def _fork_server(module: str, environment: Mapping[str, str]) -> ForkServer:
+def prepare(module: str, device: str, origin: int = 0) -> None:
+    """Lets a dotted module be imported beside what this process does next, for processes that it will launch."""
+    if _can_fork(device):
+        _fork_server(module, origin, _own_environment(device))
+
+
+def _can_fork(device: str) -> bool:
+    return device == "cpu" and sys.platform == "linux"
+
+
+def _fork_server(module: str, origin: int, environment: Mapping[str, str]) -> ForkServer:
     """``module``: what its children import besides torch, or empty. One for another environment ends when it has no
     children: that will hardly come back."""
-    key = os.getpid(), module, frozenset(environment.items())
+    key = os.getpid(), module, origin, frozenset(environment.items())
     with _starting:
         server = _fork_servers.get(key)
         if server is None or not server.alive:
             for other, idle in list(_fork_servers.items()):
-                if other[:2] == key[:2] and idle.running == 0:
+                if other[:3] == key[:3] and idle.running == 0:
                     _fork_servers.pop(other).close()
-            server = _fork_servers[key] = ForkServer([*_SERVE, "--forks"], environment)
+            server = _fork_servers[key] = ForkServer([*_SERVE, "--preload", module, "--forks"], environment)
     return server
 
 

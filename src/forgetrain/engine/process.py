@@ -65,6 +65,8 @@ class EngineProcess:
         limits: resource limits by name without RLIMIT_ (supervise.py sets them), and ``processes`` and ``resident``
             (bytes) of the whole tree and ``written`` (bytes in ``folder``), which a thread here watches.
         folder: on this machine's disk, where the engine may write.
+        origin: where processes are forked from one that has imported what they need, which one of several; engines of
+            different origins do not even have a hash seed or the places of libraries in memory in common.
         timeout: seconds until an answer has come whole; build_timeout: the same for import and build.
 
     Raises:
@@ -85,6 +87,7 @@ class EngineProcess:
         guard: bool = False,
         limits: Mapping[str, int] | None = None,
         folder: Path | None = None,
+        origin: int = 0,
         timeout: float = 300.0,
         build_timeout: float = 600.0,
     ):
@@ -106,7 +109,7 @@ class EngineProcess:
         self._channels = [Channel(ours) for ours, _ in pairs]
         numbers = [theirs.fileno() for _, theirs in pairs]
         try:
-            self._process = launch(module, numbers, limits, self.device, wrap)
+            self._process = launch(module, numbers, limits, self.device, wrap, origin)
         except OSError:
             for channel in self._channels:
                 channel.close()

@@ -7,7 +7,7 @@ of its own for each rank: what an engine prints cannot end up in a message.
 
     serve.py --engine engine.py --channels 5
     serve.py --engine engine.py --channels 5,6
-    serve.py --forks 5
+    serve.py --preload forgetrain.reference.megatron --forks 5
 
 It holds no secrets and takes no verdicts; an engine that breaks out of it into this process gains nothing.
 """
@@ -282,13 +282,14 @@ def main() -> int:
     parser.add_argument("--channels", help="inherited sockets' numbers, one a rank")
     parser.add_argument("--limits", type=json.loads, default={}, help="JSON object of resource limits")
     parser.add_argument("--forks", type=int, help="an inherited socket's number: fork for what is asked for on it")
+    parser.add_argument("--preload", default="", help="a dotted module name: import it before the first fork")
     arguments = parser.parse_args()
     protocol, supervise = _beside("protocol"), _beside("supervise")
     engine, limits = arguments.engine, arguments.limits
     if arguments.forks is None:
         channels = [int(number) for number in arguments.channels.split(",")]
     else:
-        asked = _beside("forkserver").children(socket.socket(fileno=arguments.forks))
+        asked = _beside("forkserver").children(socket.socket(fileno=arguments.forks), arguments.preload)
         if asked is None:
             return 0
         engine, channels, limits = asked

@@ -29,7 +29,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import source_hash, write_engine
 from forgetrain.errors import UserError
 from forgetrain.forge.captured import examine_recorded, judge_script, recorded_truths
-from forgetrain.forge.collect import check_reference, start_reference
+from forgetrain.forge.collect import check_reference, prepare_reference, start_reference
 from forgetrain.forge.examine import RANKS, Examination, Tell, examine, later_truth
 from forgetrain.forge.search import Attempt, Reach, Search
 from forgetrain.forge.truth import Start, Truth, ordered_names
@@ -114,6 +114,8 @@ def align(
     gates = alignable(target)
     truth = golden_truth(record, gates)
     captured = recorded_truths(record, truth) if target.reference.name == "capture" else None
+    if captured is None:
+        prepare_reference(gates)
     first = [] if captured is None else [judge_script(captured)]
     search = Search(gates, [truth] if captured is None else captured, lambda attempt: say(str(attempt)))
     report("walking the taps of the golden step", 0.0)

@@ -13,8 +13,6 @@ import datetime
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from forgetrain.durable import require_writable
 from forgetrain.engine.contract import Batch, weight_hash
+from forgetrain.engine.launch import prepare
 from forgetrain.engine.process import EngineProcess
 from forgetrain.errors import UserError
 from forgetrain.forge.truth import Start, record_truth
@@ -102,6 +101,11 @@ def check_reference(target: Target) -> None:
     environment(target)
 
 
+def prepare_reference(target: Target) -> None:
+    """Lets what ``start_reference`` needs be imported beside what this process does next."""
+    prepare(MODULES[target.reference.name], target.hardware.device)
+
+
 def start_reference(target: Target, **options: Any) -> EngineProcess:
     """The target's reference in a process of its own; ``options`` are EngineProcess's."""
     return EngineProcess(MODULES[target.reference.name], target, **options)
@@ -133,36 +137,26 @@ def collect(target: Target, folder: Path, report: Report | None = None) -> Golde
     weights = initial_weights(target.model, seed)
     batches = [random_batch(gates, seed, step) for step in range(target.gates.steps)]
     other, skipped = _other_reference(target)
-    # On a CPU processes are started ahead of their use: importing a reference takes as long as running it here. They
-    # die with the threads that started them, so the pool lives as long as they do. On a GPU they share its memory.
-    with ThreadPoolExecutor(max_workers=2) as pool, ExitStack() as started:
-
-        def start(reference: str, **options: Any) -> Callable[[], EngineProcess]:
-            if target.hardware.device == "cuda":
-                return lambda: started.enter_context(EngineProcess(MODULES[reference], gates, **options))
-            begun = pool.submit(EngineProcess, MODULES[reference], gates, **options)
-            started.callback(lambda: begun.exception() or begun.result().close())
-            return begun.result
-
-        alone = [start(name), start(name)]
-        pairs = [start(name, ranks=2), start(name, ranks=2)] if gates.recipe.batch_size % 2 == 0 else []
-        in_fp32 = {which: start(which, precision="fp32") for which in (name, other) if which is not None}
-        tell(f"{name}, first run", 0.0)
-        with alone[0]() as reference:
-            one = _whole_run(reference, gates, weights, batches)
-        tell(f"{name}, second run", 0.3)
-        with alone[1]() as reference:
-            again = _whole_run(reference, gates, weights, batches)
-        runs = {"world size 1": (one.records, again.records)}
-        if pairs:
-            both = []
-            for number, word in enumerate(("first", "second")):
-                tell(f"{name} at world size 2, {word} run", 0.5 + 0.2 * number)
-                with pairs[number]() as reference:
-                    both.append(list(steps_of(reference, gates, batches[:RANK_STEPS], weights)))
-            runs["world size 2"] = (both[0], both[1])
-        tell("the float64 oracle and the other reference", 0.9)
-        errors = _judge_numerics(gates, weights, batches, in_fp32)
+    names = [which for which in (name, other) if which is not None]
+    # importing a reference takes as long as running it on a small model; what is run twice shares no origin
+    for which, origin in ((name, 0), (name, 1), *((each, 0) for each in names[1:])):
+        prepare(MODULES[which], target.hardware.device, origin)
+    tell(f"{name}, first run", 0.0)
+    with start_reference(gates) as reference:
+        one = _whole_run(reference, gates, weights, batches)
+    tell(f"{name}, second run", 0.3)
+    with start_reference(gates, origin=1) as reference:
+        again = _whole_run(reference, gates, weights, batches)
+    runs = {"world size 1": (one.records, again.records)}
+    if gates.recipe.batch_size % 2 == 0:
+        both = []
+        for number, word in enumerate(("first", "second")):
+            tell(f"{name} at world size 2, {word} run", 0.5 + 0.2 * number)
+            with start_reference(gates, ranks=2, origin=number) as reference:
+                both.append(list(steps_of(reference, gates, batches[:RANK_STEPS], weights)))
+        runs["world size 2"] = (both[0], both[1])
+    tell("the float64 oracle and the other reference", 0.9)
+    errors = _judge_numerics(gates, weights, batches, names)
     verdict = g0(runs, _unequal(one.evidence, again.evidence), errors, skipped)
     if not verdict.passed:
         raise ReferenceRejected(verdict)
@@ -264,21 +258,21 @@ def _other_reference(target: Target) -> tuple[str | None, list[str]]:
 
 
 def _judge_numerics(
-    target: Target, weights: dict[str, Tensor], batches: list[Batch], starts: dict[str, Callable[[], EngineProcess]]
+    target: Target, weights: dict[str, Tensor], batches: list[Batch], names: list[str]
 ) -> dict[str, dict[str, float]]:
     """Relative errors of the first two updates' clipped gradients in fp32: against the oracle, started each time from
-    the reference's own weights, and of the first against the other reference. The target's reference comes first.
+    the reference's own weights, and of the first against the other reference. ``names``: the target's, and the other.
 
     One after the other: of a model that fills a GPU, its memory holds one float64 step or one reference's."""
-    (name, start), *others = starts.items()
-    with start() as engine:
+    name, *others = names
+    with EngineProcess(MODULES[name], target, precision="fp32") as engine:
         clipped, before = _two_updates(engine, target, weights, batches)
     errors = {}
     for step in range(2):
         due = oracle_step(target, before[step], batches[step], 0.0, device=target.hardware.device)
         errors[f"{name} against the oracle, step {step}"] = relative_errors(clipped[step], due.clipped)
-    for other, start in others:
-        with start() as engine:
+    for other in others:
+        with EngineProcess(MODULES[other], target, precision="fp32") as engine:
             theirs, _ = _two_updates(engine, target, weights, batches[:1])
         errors[f"{name} against {other}"] = relative_errors(clipped[0], theirs[0])
     return errors
