@@ -42,6 +42,8 @@ def aligned_run(tmp_path_factory) -> AlignedRun:
         if not printed.is_file():
             folder.mkdir()
             write_target(folder, "transformers")
+            # so that judging it is short; these belong to what is aligned, so a test that changes them aligns anew
+            target.write_text(target.read_text().replace("[gates]", "[gates]\ng5_steps = 20\nranks = 1"))
             command = [sys.executable, "-m", "forgetrain", "align", str(target), "--json"]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[-3000:]

@@ -26,7 +26,7 @@ def forge(folder, *arguments, code=0):
 @pytest.mark.slow
 def test_the_catalogue_forges_a_tiny_target_and_a_second_call_goes_on(aligned_run, tmp_path):
     target = aligned_run.copied_to(tmp_path)
-    quick = ("--set", "gates.g5_steps=20", "--set", "gates.ranks=1", "--set", "search.attempts=1")
+    quick = ("--set", "search.attempts=1")
     first = forge(tmp_path, target, *quick, "--json")
     outcome = json.loads(first.stdout.splitlines()[-1])
     assert outcome["attempts"] == 1

@@ -15,9 +15,8 @@ def text_of(result):
 
 
 async def talk(folder, target):
-    quick = ["--set", "gates.g5_steps=20"]
     server = StdioServerParameters(
-        command=sys.executable, args=["-m", "forgetrain", "mcp", str(target), *quick], cwd=str(folder)
+        command=sys.executable, args=["-m", "forgetrain", "mcp", str(target)], cwd=str(folder)
     )
     async with stdio_client(server) as (read, write), ClientSession(read, write) as session:
         await session.initialize()

@@ -13,6 +13,7 @@ when the norm is not finite.
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -251,7 +252,9 @@ def preload() -> None:
     """Imports megatron-core, which takes longer than all else that ``build`` does. Raises ImportError."""
     with warnings.catch_warnings(), compiled_when_called():
         warnings.simplefilter("ignore")  # that Transformer Engine and Apex are absent is this reference's point
-        import torch._dynamo  # noqa: F401  (the first of torch's optimizers would)
+        for name in ("megatron.core.models.gpt.gpt_model", "megatron.core.optimizer"):
+            importlib.import_module(name)
+        importlib.import_module("torch._dynamo")  # as the first of torch's optimizers would
 
 
 def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any = None) -> Megatron:

@@ -15,6 +15,7 @@ MiniCPM4, of which transformers has no model, is in ``reference.minicpm``.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -289,7 +290,7 @@ def make_network(model: Model, attention: str, precision: str) -> Any:
 def preload() -> None:
     """Imports of transformers what most models need, which takes longer than all else that ``build`` does. Raises
     ImportError."""
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    importlib.import_module("transformers.models.llama.modeling_llama")
 
 
 def build(target: Mapping[str, Any], *, device: str, precision: str, mesh: Any = None) -> Transformers:
