@@ -100,6 +100,16 @@ def test_a_call_that_finds_the_budget_spent_judges_nothing_again_that_it_finds_a
     assert judge.seen == [FAST, FAST]
 
 
+def test_a_spent_budget_spares_no_champion_of_a_part_of_the_gates_the_rest(tmp_path):
+    target = prepared(tmp_path, attempts=1)
+    part = loop(target, tmp_path, Script([FAST]), gates=("contract", "G7")).run()
+    assert (part.folder / "engine.py").read_text() == FAST
+    judge = Verdicts()
+    whole = loop(target, tmp_path, Script([]), judge).run()
+    assert judge.seen == [FAST]
+    assert whole.verified
+
+
 def test_one_slow_moment_deposes_nobody(tmp_path):
     target = prepared(tmp_path, verify_every=2)
     run = loop(target, tmp_path, Script([FAST, *failing(3)]), Turncoat(FAST, gate="G7", times=1))

@@ -279,13 +279,17 @@ class Loop:
         row = self.ledger.champion(self.key)
         if row is None or row["candidate"] == self.baseline:
             return None
-        if self.gates is None and not passed_all_gates(self.ledger, self.key, row["candidate"]):
-            return "the champion was elected by a part of the gates"
-        change = moved(self.ledger, self.key, row["candidate"], self.environment)
-        if change is not None:
-            return f"the champion's times are from elsewhere ({change}) and count no more"
+        if (doubt := self._doubt(row["candidate"])) is not None:
+            return doubt
         count = attempts_since_verification(self.ledger, self.key)
         return f"{count} attempts since the champion was verified" if count >= self.target.search.verify_every else None
+
+    def _doubt(self, champion: str) -> str | None:
+        """Why what the ledger has of a champion is not enough here, or None."""
+        if self.gates is None and not passed_all_gates(self.ledger, self.key, champion):
+            return "the champion was elected by a part of the gates"
+        change = moved(self.ledger, self.key, champion, self.environment)
+        return change and f"the champion's times are from elsewhere ({change}) and count no more"
 
     def _conclude(
         self,
@@ -441,11 +445,11 @@ class Loop:
     def _standing(self, ended: str) -> LoopOutcome:
         """The same where nothing was attempted: a champion that lies there as it passed every gate again, on this
         machine, does not have to once more."""
-        champion, folder = self.champion(), self.runs / self.target.name / "champion"
-        if not holds(folder, champion.digest) or moved(self.ledger, self.key, champion.digest, self.environment):
+        champion, folder = self.champion().digest, self.runs / self.target.name / "champion"
+        if self.gates is not None or not holds(folder, champion) or self._doubt(champion):
             return self._verified(ended)
         outcome = self._outcome(ended)
-        outcome.folder, outcome.verified = folder, None if self.gates is not None else True
+        outcome.folder, outcome.verified = folder, True
         return outcome
 
     def _provisional(self, ended: str) -> LoopOutcome:
