@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_run import write_target
+from tests.shared import shared
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,8 @@ class AlignedRun:
 @pytest.fixture(scope="session")
 def aligned_run(tmp_path_factory) -> AlignedRun:
     """Made once for the whole run of the tests, by the first worker that asks."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder = shared / "aligned-run"
-    target, printed = folder / "tiny.toml", folder / "printed.json"
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared(tmp_path_factory, "aligned-run") as folder:
+        target, printed = folder / "tiny.toml", folder / "printed.json"
         if not printed.is_file():
             folder.mkdir()
             write_target(folder, "transformers")

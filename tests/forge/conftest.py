@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from forgetrain.forge.collect import collect, start_reference
 from forgetrain.forge.truth import Truth
 from forgetrain.golden.record import GoldenRecord
 from forgetrain.spec.target import Target
+from tests.shared import shared
 from tests.tiny import tiny_target
 
 #: The plan that equals megatron-core 0.16.1 bit for bit.
@@ -70,14 +69,10 @@ class Collected:
 def recorded(tmp_path_factory) -> Callable[[Target], GoldenRecord]:
     """A target's golden record, collected once for the whole run of the tests: by the first worker that asks, while
     others that ask for the same one wait."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
 
     def of(target: Target) -> GoldenRecord:
-        folder = shared / f"record-{hashlib.sha256(target.model_dump_json().encode()).hexdigest()[:16]}"
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        name = f"record-{hashlib.sha256(target.model_dump_json().encode()).hexdigest()[:16]}"
+        with shared(tmp_path_factory, name) as folder:
             return GoldenRecord.open(folder) if folder.is_dir() else collect(target, folder)
 
     return of
