@@ -126,6 +126,25 @@ def test_a_server_ends_with_its_parent():
     assert gone(int(done.stdout), seconds=20)  # it imports torch first
 
 
+def test_an_interruption_while_a_server_starts_leaves_none():
+    script = (
+        "import os, signal, subprocess\n"
+        "from forgetrain.engine.launch import _fork_server, strangers_environment\n"
+        "class Interrupted(subprocess.Popen):\n"
+        "    def __init__(self, *args, **keys):\n"
+        "        super().__init__(*args, **keys)\n"
+        "        print(self.pid, flush=True)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "subprocess.Popen = Interrupted\n"
+        "_fork_server('', 0, strangers_environment('cpu'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, cwd=Path(__file__).parents[2], check=False
+    )
+    assert done.returncode == -signal.SIGINT
+    assert gone(int(done.stdout), seconds=0.5)  # much less than it takes to import torch
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["megatron", "transformers"])
 def test_a_reference_imports_nothing_large_after_its_fork(reference):

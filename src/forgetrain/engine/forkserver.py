@@ -18,6 +18,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 _LONGEST = 1 << 16  # bytes of a request or an answer
@@ -52,17 +53,19 @@ class ForkServer:
         self.running = 0  # children that nobody has waited for
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
-        with theirs:
-            number = theirs.fileno()
-            self._process = subprocess.Popen(
-                [*argv, str(number)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[number],
-                start_new_session=True,
-                env=environment,
-            )
+        with theirs, ThreadPoolExecutor(1) as uninterrupted:  # Ctrl-C is raised in the main thread, and would leave
+            uninterrupted.submit(self._start, argv, theirs.fileno(), environment).result()  # a process nobody knows
+
+    def _start(self, argv: list[str], number: int, environment: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [*argv, str(number)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[number],
+            start_new_session=True,
+            env=environment,
+        )
         atexit.register(self.close)
 
     @property
