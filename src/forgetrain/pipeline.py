@@ -347,13 +347,15 @@ class _Job:
             theirs, digest = first_steps(reference, name)
         ours, beside = [trained.get(step + 1) for step in range(steps)], ""
         if self.champion is not None:
-            far = max(abs(mine[0] / due[0] - 1) for mine, due in zip(ours, theirs, strict=True) if mine is not None)
-            beside = f"; those of the engine that trained differ by {far:.0e} at most"
+            pairs = [(mine, due) for mine, due in zip(ours, theirs, strict=True) if mine is not None]
+            losses, norms = (max(abs(mine[i] / due[i] - 1) for mine, due in pairs) for i in range(2))
+            beside = f"; of the engine that trained losses differ by {losses:.0e} and norms by {norms:.0e} at most"
             with EngineProcess(self.folder / "engine" / "engine.py", target) as aligned:
                 ours = first_steps(aligned, "aligned engine")[0]
-        pairs = enumerate(zip(ours, theirs, strict=True), 1)
+        both = enumerate(zip(ours, theirs, strict=True), 1)
         differ = next(
-            (f"step {n}: loss and norm {mine}, the reference's {due}" for n, (mine, due) in pairs if mine != due), None
+            (f"step {n}: loss and norm {mine}, the reference's {due}" for n, (mine, due) in both if mine != due),
+            None,
         )
         evidence = differ or f"losses and norms of the first {steps} steps equal, bit for bit{beside}"
         self.outcome.findings["compared"] = {"steps": steps, "weight_sha256": digest, "difference": differ}

@@ -98,7 +98,7 @@ def test_the_whole_way_with_a_faster_engine(tmp_path):
         assert "G4.fp32" in claims["a faster engine passes the gates here"]
         assert outcome["train"]["engine"]["sha256"] == outcome["forge"]["champion"]
         assert (
-            "those of the engine that trained differ"
+            "of the engine that trained losses differ"
             in claims["the aligned engine does what transformers does on the same text"]
         )
 

@@ -152,6 +152,20 @@ def test_who_was_elected_by_a_part_of_the_gates_meets_them_all_before_the_next_a
     assert lines[0].startswith("the champion was elected by a part of the gates: it is judged again")
 
 
+def test_a_champion_that_passed_every_gate_again_before_the_first_attempt_does_not_have_to_at_the_end(tmp_path):
+    target, judge = prepared(tmp_path), Verdicts()
+    loop(target, tmp_path, Script([]), judge, gates=["G4", "G7"]).replay(Proposal("speed = 1.2\n", "ships"))
+    judge.seen.clear()
+    outcome = loop(target, tmp_path, Script(["bad\n"]), judge).run()
+    assert outcome.verified
+    assert judge.seen == ["speed = 1.2\n", "bad\n"]
+    provenance = read_json(outcome.folder / "provenance.json", "")
+    assert [verdict["gate"] for verdict in provenance["verdicts"]] == ["G4", "G7"]
+    outcome = loop(target, tmp_path, Script(["speed = 1.5\n"]), judge).run()
+    assert judge.seen[2:] == ["speed = 1.5\n"] * 3  # judged, confirmed, and as the new champion once more
+    assert outcome.verified
+
+
 @dataclass
 class Together:
     """A cluster: judges as ``Verdicts`` does."""

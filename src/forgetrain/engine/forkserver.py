@@ -41,7 +41,7 @@ class Child:
         code = self.returncode
         if code is None:
             code = self.returncode = int(self._server.ask({"do": "wait", "pid": self.pid}, lost=-signal.SIGKILL))
-            self._server.running -= 1
+            self._server.count(-1)
         return code
 
 
@@ -95,8 +95,12 @@ class ForkServer:
             files = [*(theirs for _, theirs in ends), folder, *channels]
             pid = self.ask({"do": "fork", "module": module, "limits": dict(limits)}, files=files)
             kept.pop_all()
-        self.running += 1
+        self.count(1)
         return Child(self, pid, *(os.fdopen(ours, "rb", 0) for ours, _ in ends))
+
+    def count(self, change: int) -> None:
+        with self._lock:
+            self.running += change
 
     def ask(self, request: Mapping[str, Any], files: list[int] | None = None, lost: int | None = None) -> Any:
         """``lost``: the answer when the server has died, for which else there is an OSError."""

@@ -88,6 +88,7 @@ class Loop:
         self._attempt_began: tuple[str, float] | None = None
         self._longest = 0.0  # seconds of an attempt
         self._speed: dict[str, Any] = {}  # of the last race
+        self._verified_champions: dict[str, Judgement] = {}  # by this loop
 
     def run(self) -> LoopOutcome:
         """Until the budget is spent, the proposer has nothing more, or the ladder says stop.
@@ -425,20 +426,17 @@ class Loop:
         return LoopOutcome(champion.digest, champion.gain, len(self._outcomes()), elections, ended)
 
     def _verified(self, ended: str) -> LoopOutcome:
-        """The outcome with a champion that passed every gate again, written out; or with none that stands."""
+        """The outcome with a champion that passed every gate again in this loop, written out; or with none."""
         if self.ledger.champion(self.key)["candidate"] == self.baseline:  # type: ignore[index]
             return self._outcome(ended)
         if self.gates is not None:
             return self._provisional(ended)
-        judgement = self._verify_champion()
+        judgement = self._verified_champions.get(self.champion().digest) or self._verify_champion()
         outcome = self._outcome(ended)
         outcome.verified = judgement is not None
         if judgement is not None:
-            outcome.verification = {
-                "passed": True,
-                "speed": judgement.speed,
-                "verdicts": [verdict.as_dict() for verdict in judgement.verdicts],
-            }
+            verdicts = [verdict.as_dict() for verdict in judgement.verdicts]
+            outcome.verification = {"passed": True, "speed": judgement.speed, "verdicts": verdicts}
             outcome.folder = self._write(outcome)
         return outcome
 
@@ -478,7 +476,9 @@ class Loop:
             if failed is None:
                 gain = self.champion().gain
                 self.say(f"the champion passed every gate again; {gain:.3f} times the aligned engine")
+                self._verified_champions[champion.digest] = judgement
                 return judgement
+            self._verified_champions.pop(champion.digest, None)
             self._depose(champion.digest, judging, failed)
             id = None
         return None
