@@ -244,7 +244,12 @@ ATTENTION_SOURCE = r"""
 #define PAIRED
 #endif
 
-constexpr int W = K % 16 == 0 ? 16 : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
+#ifdef __AVX512F__
+constexpr int WIDEST = 16;
+#else
+constexpr int WIDEST = 8;  // of two registers, vectors are 3.6 times as slow
+#endif
+constexpr int W = K % WIDEST == 0 ? WIDEST : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
 constexpr int TILE = 2 * W, C = K / W, Q_WIDTH = G * R * K, STRIDE = Q_WIDTH + 2 * G * K;
 constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed apart, for the digits' sake
 typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -633,24 +638,29 @@ def part_bounds(ranks: int) -> list[int]:
 
 
 class Place(NamedTuple):
-    """What a rank keeps of a parameter: ``part`` of its flat states, and where that lies in the whole parameter."""
+    """What a rank keeps of a parameter: where in its flat states, and where in the whole parameter."""
 
-    part: slice
+    start: int
+    strides: tuple[int, ...]
     shape: tuple[int, ...]
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
+
+    def of(self, flat: Tensor) -> Tensor:
+        """It, as a view of a flat state."""
+        return flat.as_strided(self.shape, self.strides, flat.storage_offset() + self.start)
 
 
 def places(start: int, end: int) -> dict[str, Place]:
     """Canonical name → the rows of it that lie between ``start`` and ``end`` of the flat buffers, if any."""
     found = {}
     for name, view in canonical_views(Flat("meta", torch.float32).stored).items():
-        offset, width, rows = view.storage_offset(), view[0].numel(), view.shape[0]
-        first, last = (min(max(at - offset, 0) // width, rows) for at in (start, end))
+        offset, stride, rows = view.storage_offset(), view.stride(0), view.shape[0]
+        first, last = (min(max(-((offset - at) // stride), 0), rows) for at in (start, end))  # rounded up
         if first < last:
-            begin = offset + first * width - start
-            part, other = slice(begin, begin + (last - first) * width), tuple(view.shape[1:])
-            found[name] = Place(part, (last - first, *other), tuple(view.shape), (first,) + (0,) * len(other))
+            begin, other = offset + first * stride - start, tuple(view.shape[1:])
+            kept = (begin, view.stride(), (last - first, *other))
+            found[name] = Place(*kept, tuple(view.shape), (first,) + (0,) * len(other))
     return found
 
 
@@ -941,7 +951,7 @@ class Engine:
     def state(self) -> dict[str, Shard]:
         self.arrive()
         shards = {
-            f"{kind}/{name}": Shard(flat[place.part].view(place.shape), place.global_shape, place.offsets)
+            f"{kind}/{name}": Shard(place.of(flat), place.global_shape, place.offsets)
             for kind, flat in self.states().items()
             for name, place in self.places.items()
         }
@@ -954,7 +964,7 @@ class Engine:
             for name, place in self.places.items():
                 given, sizes = state[f"{kind}/{name}"], zip(place.offsets, place.shape, strict=True)
                 box = tuple(slice(at - o, at - o + n) for (at, n), o in zip(sizes, given.offsets, strict=True))
-                flat[place.part].view(place.shape).copy_(given.tensor[box])
+                place.of(flat).copy_(given.tensor[box])
         self.updates = int(state["step"].tensor)
         self.weight.flat[self.start : self.end].copy_(self.master)
         self.publish()

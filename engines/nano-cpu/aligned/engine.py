@@ -1,7 +1,7 @@
 """A pre-training engine for nano-cpu, written by ForgeTrain: forward, loss, backward, update.
 
-Aligned with megatron in fp32: torch 2.13.0, device cpu, processor AMD EPYC, capability AVX512, threads 2, ranks 1, megatron-core 0.16.1.
-Golden record ea0a012f6bef76fbc4959ed6cf8366a39d3aff2cc3feb490b1185cb98db5ab35.
+Aligned with megatron in fp32: torch 2.13.0, device cpu, processor AMD EPYC, capability AVX2, threads 2, ranks 1, megatron-core 0.16.1.
+Golden record 98d0e099e86021d403309b76b0e7a653d86680c67289a0e9bba66d71e335be79.
 Its verdicts are kept under this file's SHA-256, in verdicts.json beside it.
 
 Plan:
