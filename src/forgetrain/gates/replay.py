@@ -1,17 +1,18 @@
 """G7.replay: a block of the timed run, chosen by the judge afterwards, again on the reference from the same state.
 
-The distance of two outcomes is the larger of the largest relative difference of a loss, and, over kinds of parameter,
-‖Δm - Δm_reference‖ / ‖Δm_reference‖, where Δm is what the block added to the first moments: a weighted sum of its
-clipped gradients. A known-good engine replays the block too, and the candidate may be a few times as far away as that
-one: the threshold measures itself at any shape, dtype and moment of training. So a candidate that is right where
-gates look at single steps cannot leave work out where it is timed.
+The distance of two outcomes is the largest relative difference of a loss or of a gradient norm, and, over kinds of
+parameter, ‖Δm - Δm_reference‖ / ‖Δm_reference‖, where Δm is what the block added to the first moments: a weighted sum
+of its clipped gradients; the same of what it did to masters and second moments. A known-good engine replays the block
+too, and the candidate may be a few times as far away as that one: the threshold measures itself at any shape, dtype and
+moment of training. So a candidate that is right where gates look at single steps cannot leave work out where it is
+timed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from forgetrain.gates.verdict import Verdict
 from forgetrain.spec.moments import average_decay
@@ -21,30 +22,78 @@ from forgetrain.spec.target import Recipe
 FACTOR = 4.0
 #: Where the known-good engine happens to equal the reference: far above rounding, far below any work left out.
 FLOOR = {"fp32": 1e-3, "bf16": 3e-2}
+#: The same for masters and second moments, whose steps divide by, and consist of, the squares of small numbers.
+_FLOOR_OF_STEPS = {"fp32": 1e-2, "bf16": 1e-1}
+_STEPS = ("master", "exp_avg_sq")
+#: Of a tensor, how many numbers are left out there: those whose gradient is rounding alone step either way.
+_FEW = 4
 
-Outcome = tuple[Sequence[float], Mapping[str, Any]]
+
+class Outcome(NamedTuple):
+    """Of a block: what its steps returned, and the state after it."""
+
+    losses: Sequence[float]
+    norms: Sequence[float]
+    state: Mapping[str, Any]
 
 
 def replay_distance(
     before: Mapping[str, Any], found: Outcome, due: Outcome, recipe: Recipe, steps: int
 ) -> dict[str, float]:
-    """Distance by kind of parameter, and of the losses under ``loss``. Outcomes are (losses, state after)."""
+    """Distance of the first moments by kind of parameter, and of what was returned as ``loss`` and ``grad_norm``."""
+
+    def kept(name: str, dimensions: int) -> float:
+        return average_decay(recipe, name, dimensions) ** steps
+
+    distances = _added(before, found, due, "exp_avg", kept, 0)
+    pairs = {"loss": (found.losses, due.losses), "grad_norm": (found.norms, due.norms)}
+    for name, (mine, theirs) in pairs.items():
+        apart = [abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True)]
+        # max() passes over a NaN that is not the first
+        distances[name] = max(apart) if all(map(math.isfinite, apart)) else math.inf
+    return distances
+
+
+def step_distance(before: Mapping[str, Any], found: Outcome, due: Outcome) -> dict[str, float]:
+    """Distance of what the block did to masters and second moments, by kind of parameter and state."""
+    return {
+        f"{kind}#{state}": distance
+        for state in _STEPS
+        for kind, distance in _added(before, found, due, state, lambda name, dimensions: 1.0, _FEW).items()
+    }
+
+
+def _added(
+    before: Mapping[str, Any],
+    found: Outcome,
+    due: Outcome,
+    state: str,
+    kept: Callable[[str, int], float],
+    few: int,
+) -> dict[str, float]:
+    """By kind of parameter, how far what was added to this state is from what is due, relative to that.
+
+    kept: what a tensor keeps of itself. few: how many numbers of a tensor, the worst, do not count."""
     apart: dict[str, float] = {}
     size: dict[str, float] = {}
     for key in before:
-        if key.startswith("exp_avg/"):
-            kind = kind_of(key.removeprefix("exp_avg/"))
-            old, mine, theirs = (state[key].tensor.double() for state in (before, found[1], due[1]))
-            apart[kind] = apart.get(kind, 0.0) + float((mine - theirs).square().sum())
-            kept = average_decay(recipe, key.removeprefix("exp_avg/"), old.dim()) ** steps
-            size[kind] = size.get(kind, 0.0) + float((theirs - kept * old).square().sum())
-    distances = {kind: math.sqrt(apart[kind] / size[kind]) if size[kind] else math.inf for kind in apart}
-    pairs = list(zip(found[0], due[0], strict=True))
-    # a loss is a mean over many tokens: its error is far smaller than that of a gradient
-    apart_by = [abs(mine - theirs) / abs(theirs) for mine, theirs in pairs]
-    # max() passes over a NaN that is not the first
-    distances["loss"] = max(apart_by) if all(map(math.isfinite, apart_by)) else math.inf
-    return {kind: distance if math.isfinite(distance) else math.inf for kind, distance in distances.items()}
+        if key.startswith(f"{state}/"):
+            name = key.removeprefix(f"{state}/")
+            old, mine, theirs = (tensors[key].tensor.double() for tensors in (before, found.state, due.state))
+            kind = kind_of(name)
+            square = (mine - theirs).square().flatten()
+            worst = square.topk(min(few, len(square))).values
+            apart[kind] = apart.get(kind, 0.0) + float((square.sum() - worst.sum()).clamp(min=0.0))
+            size[kind] = size.get(kind, 0.0) + float((theirs - kept(name, old.dim()) * old).square().sum())
+    return {kind: _relative(apart[kind], size[kind]) for kind in apart}
+
+
+def _relative(apart: float, size: float) -> float:
+    """Of sums of squares. Where nothing is due, nothing is right."""
+    if not size:
+        return 0.0 if apart == 0.0 else math.inf
+    share = apart / size
+    return math.sqrt(share) if math.isfinite(share) else math.inf
 
 
 def replay(
@@ -56,10 +105,11 @@ def replay(
     sandboxed: bool = False,
 ) -> Verdict:
     """``statistic``: the worst kind's distance as a share of what it may be."""
-    floors = {kind: FLOOR[precision] * (0.1 if kind == "loss" else 1.0) for kind in candidate}
-    allowed = {kind: max(FACTOR * known_good[kind], floors[kind]) for kind in candidate}
-    worst = max(candidate, key=lambda kind: candidate[kind] / allowed[kind])
-    used = candidate[worst] / allowed[worst]
+    allowed = {kind: max(FACTOR * known_good[kind], _floor(kind, precision)) for kind in candidate}
+    # what is not finite is wrong, however far the known-good engine is
+    shares = {kind: far / allowed[kind] if math.isfinite(far) else math.inf for kind, far in candidate.items()}
+    worst = max(shares, key=lambda kind: shares[kind])
+    used = shares[worst]
     passed = used <= 1.0
     return Verdict(
         "G7.replay",
@@ -73,3 +123,10 @@ def replay(
         f"{candidate[worst]:.3g} away, {allowed[worst]:.3g} allowed",
         sandboxed=sandboxed,
     )
+
+
+def _floor(kind: str, precision: str) -> float:
+    if kind.partition("#")[2] in _STEPS:
+        return _FLOOR_OF_STEPS[precision]
+    # a loss is a mean over many tokens: its error is far smaller than that of a gradient
+    return FLOOR[precision] * (0.1 if kind == "loss" else 1.0)

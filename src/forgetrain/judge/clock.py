@@ -11,26 +11,29 @@ from __future__ import annotations
 import secrets
 import statistics
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from forgetrain.engine.contract import Batch
 from forgetrain.engine.process import EngineProcess
-from forgetrain.judge.evidence import State
+from forgetrain.gates.motion import Answer, Motion, motion_of
+from forgetrain.gates.replay import Outcome
+from forgetrain.judge.evidence import State, masters
 from forgetrain.judge.hidden import Stream
 
 
 @dataclass
 class Lane:
     """One engine's part of a race; times in seconds. steps: [block][step]; fetches: of the state after each block;
-    warm_up: of the steps before the first block, compilation included; losses: [block][step]."""
+    warm_up: of the steps before the first block, compilation included; answers: step by step, the warm-up's first;
+    motions: block by block, the warm-up's first."""
 
     steps: list[list[float]] = field(default_factory=list)
     fetches: list[float] = field(default_factory=list)
     warm_up: list[float] = field(default_factory=list)
-    losses: list[list[float]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    motions: list[dict[str, Motion]] = field(default_factory=list)
 
     def blocks(self) -> list[float]:
         return [sum(block) for block in self.steps]
@@ -38,14 +41,13 @@ class Lane:
 
 @dataclass(frozen=True)
 class Replay:
-    """A block to be repeated: its first and last step in the stream, the candidate's states around it, and the
-    losses that it returned."""
+    """A block to be repeated: its first and last step in the stream, the candidate's state before it, and what came
+    of it."""
 
     first: int
     last: int
     before: State
-    after: State
-    losses: list[float]
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,14 @@ class Race:
     replays: list[Replay]
 
     def times(self) -> tuple[list[float], list[float]]:
-        """Seconds of the champion's and the candidate's blocks; put-off work is added to the candidate's."""
-        put_off = statistics.median(self.candidate.fetches) - statistics.median(self.champion.fetches)
-        noise = 3 * _spread(self.champion.fetches)
-        surcharge = put_off if put_off > noise else 0.0
-        return self.champion.blocks(), [block + surcharge for block in self.candidate.blocks()]
+        """Seconds of the champion's and the candidate's blocks; put-off work is added to the candidate's: to all of
+        them, or to those in which it was put off."""
+        usual, noise = statistics.median(self.champion.fetches), 3 * _spread(self.champion.fetches)
+        put_off = statistics.median(self.candidate.fetches) - usual
+        always = put_off if put_off > noise else 0.0
+        late = [fetch - usual for fetch in self.candidate.fetches]
+        charges = [max(always, seconds if seconds > noise else 0.0) for seconds in late]
+        return self.champion.blocks(), [sum(pair) for pair in zip(self.candidate.blocks(), charges, strict=True)]
 
     def samples(self, run: str) -> list[tuple[str, str, int, int, float]]:
         """Rows for the ledger: (run, engine, block, step, seconds)."""
@@ -76,7 +81,7 @@ class Race:
 def race(
     champion: EngineProcess,
     candidate: EngineProcess,
-    weights: Mapping[str, Tensor],
+    start: State,
     stream: Stream,
     *,
     blocks: int,
@@ -85,15 +90,24 @@ def race(
 ) -> Race:
     """Runs ``warm_up`` untimed steps of each, then ``blocks`` pairs of blocks of ``steps`` steps.
 
-    Which of a pair goes first the operating system draws, and one of the blocks that can be replayed; the other is the
-    last, in which an engine that is right for some steps only is wrong for certain."""
+    ``start``: the state right after loading the weights, which are its masters. The operating system draws which of a
+    pair goes first, and one of the blocks to be replayed; another is the last, in which an engine that is right for
+    some steps only is wrong for certain, and the warm-up is one, so that the race begins where it must."""
     lanes = {champion: Lane(), candidate: Lane()}
     chosen = {secrets.randbelow(blocks), blocks - 1}
     replays: list[Replay] = []
+    weights = masters(start)
+    before: dict[EngineProcess, dict[str, Tensor]] = {}
+    kept = start
     for engine, lane in lanes.items():
         engine.load(weights)
-        lane.warm_up = [_timed_step(engine, stream.at(step), stream.rate(step))[0] for step in range(warm_up)]
-    before = candidate.state()
+        lane.warm_up = [_timed_step(engine, stream.at(step), stream.rate(step), lane) for step in range(warm_up)]
+        state = engine.state()
+        before[engine] = masters(state)
+        lane.motions.append(motion_of(weights, before[engine]))
+        if engine is candidate:
+            replays.append(Replay(0, warm_up, start, _outcome(lane.answers, state)))
+            kept = state
     for engine in lanes:
         engine.pause()
     for block in range(blocks):
@@ -102,28 +116,36 @@ def race(
         batches = [(stream.at(step), stream.rate(step)) for step in range(first, first + steps)]
         pair = [champion, candidate] if secrets.randbelow(2) else [candidate, champion]
         for engine in pair:
+            lane = lanes[engine]
             engine.resume()
-            timed = [_timed_step(engine, batch, rate) for batch, rate in batches]
+            lane.steps.append([_timed_step(engine, batch, rate, lane) for batch, rate in batches])
             began = time.perf_counter()
             state = engine.state()
-            lanes[engine].fetches.append(time.perf_counter() - began)
+            lane.fetches.append(time.perf_counter() - began)
             engine.pause()
-            lanes[engine].steps.append([seconds for seconds, _ in timed])
-            lanes[engine].losses.append([loss for _, loss in timed])
+            now = masters(state)
+            lane.motions.append(motion_of(before[engine], now))
+            before[engine] = now
             if engine is candidate:
                 if block in chosen:
-                    replays.append(Replay(first, first + steps, before, state, lanes[engine].losses[block]))
-                before = state
+                    replays.append(Replay(first, first + steps, kept, _outcome(lane.answers[-steps:], state)))
+                kept = state
     for engine in lanes:
         engine.resume()
     return Race(lanes[champion], lanes[candidate], steps, replays)
 
 
-def _timed_step(engine: EngineProcess, batch: Batch, rate: float) -> tuple[float, float]:
-    """(seconds, loss): from before the batch is sent until the loss is here."""
+def _outcome(answers: list[Answer], state: State) -> Outcome:
+    return Outcome([answer.loss for answer in answers], [answer.norm for answer in answers], state)
+
+
+def _timed_step(engine: EngineProcess, batch: Batch, rate: float, lane: Lane) -> float:
+    """Seconds from before the batch is sent until the answer is here, which the lane keeps."""
     began = time.perf_counter()
     result = engine.step(batch, rate)
-    return time.perf_counter() - began, float(result.loss)
+    seconds = time.perf_counter() - began
+    lane.answers.append(Answer(float(result.loss), float(result.grad_norm), bool(result.applied)))
+    return seconds
 
 
 def _spread(values: list[float]) -> float:

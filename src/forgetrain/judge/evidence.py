@@ -62,3 +62,11 @@ def expected_start(target: Target, weights: Mapping[str, Tensor], precision: str
     for name, weight in weights.items():
         state[f"master/{name}"] = (weight.bfloat16() if precision == "bf16" else weight).float()
     return state
+
+
+def starting_state(target: Target, weights: Mapping[str, Tensor], precision: str) -> State:
+    """The same as an engine's ``state`` has it."""
+    return {
+        name: Shard(tensor, tuple(tensor.shape), (0,) * tensor.dim())
+        for name, tensor in expected_start(target, weights, precision).items()
+    }

@@ -22,7 +22,7 @@ from forgetrain.errors import UserError
 from forgetrain.gates.g2 import StepRecord
 from forgetrain.gates.g3 import g3, g3_near
 from forgetrain.gates.g9 import TrainingRun, g9
-from forgetrain.gates.replay import replay_distance
+from forgetrain.gates.replay import Outcome, replay_distance
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.evidence import SCALARS, State, from_weights, trajectory
@@ -178,11 +178,13 @@ def _near(trial: Trial, precision: str) -> Verdict:
 
 def _distances(target: Target, before: State, found: _Training, due: _Training) -> dict[str, float]:
     """Of losses, gradient norms, the evaluation, and what the steps left in the moments, by kind of parameter."""
-    norms = [abs(a.grad_norm - b.grad_norm) / b.grad_norm for a, b in zip(found.records, due.records, strict=True)]
-    apart = {"grad_norm": norms, "evaluation": [abs(found.evaluation - due.evaluation) / due.evaluation]}
-    worst = {name: max(each) if all(map(math.isfinite, each)) else math.inf for name, each in apart.items()}
-    mine, theirs = (([step.loss for step in run.records], run.after) for run in (found, due))
-    return replay_distance(before, mine, theirs, target.recipe, len(due.records)) | worst
+    apart = abs(found.evaluation - due.evaluation) / due.evaluation
+    mine, theirs = (
+        Outcome([step.loss for step in run.records], [step.grad_norm for step in run.records], run.after)
+        for run in (found, due)
+    )
+    distances = replay_distance(before, mine, theirs, target.recipe, len(due.records))
+    return distances | {"evaluation": apart if math.isfinite(apart) else math.inf}
 
 
 def shipped_command(trial: Trial) -> Iterator[Verdict]:

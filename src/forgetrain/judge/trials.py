@@ -21,12 +21,21 @@ from forgetrain.gates.g5 import g5
 from forgetrain.gates.g6 import Repeat, g6, weight_distance
 from forgetrain.gates.g7 import g7
 from forgetrain.gates.g8 import g8
-from forgetrain.gates.replay import replay, replay_distance
+from forgetrain.gates.motion import motion
+from forgetrain.gates.replay import Outcome, replay, replay_distance, step_distance
 from forgetrain.gates.update import update
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge import layouts
 from forgetrain.judge.clock import Replay, race
-from forgetrain.judge.evidence import SCALARS, State, clipped_gradients, expected_start, from_weights, masters
+from forgetrain.judge.evidence import (
+    SCALARS,
+    State,
+    clipped_gradients,
+    expected_start,
+    from_weights,
+    masters,
+    starting_state,
+)
 from forgetrain.judge.hidden import Stream, derive, hidden_weights
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.init import initial_weights
@@ -243,18 +252,18 @@ def speed(trial: Trial) -> Iterator[Verdict]:
     judge, target = trial.judge, trial.judge.race_target
     stream = trial.stream(target, "G7")
     weights = initial_weights(target.model, derive(trial.seed, "G7"))
-    effort = judge.effort
+    start, effort = starting_state(target, weights, judge.target.precision.kept), judge.effort
     with judge.rival(trial.champion) as champion:
         began = time.monotonic()
         with trial.process(target) as engine:
             build = time.monotonic() - began
-            run = race(
-                champion, engine, weights, stream, blocks=effort.pairs, steps=effort.steps, warm_up=effort.warm_up
-            )
+            run = race(champion, engine, start, stream, blocks=effort.pairs, steps=effort.steps, warm_up=effort.warm_up)
             trial.peak_bytes = engine.peak_memory()
     trial.keep_speed(run, {"candidate": build})
     # where a candidate is wrong from some step on, the last block shows it; elsewhere the one that was drawn may
     replays = [_check_replay(trial, block, stream) for block in run.replays]
+    mine, theirs = run.candidate, run.champion
+    replays.append(motion(mine.motions, theirs.motions, mine.answers, theirs.answers, sandboxed=trial.sandboxed))
     yield max(replays, key=lambda verdict: verdict.statistic or 0.0)
     times = run.times()
     yield g7(
@@ -300,10 +309,10 @@ GATES: dict[str, Callable[[Trial], Iterator[Verdict]]] = {
 def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
     """A chosen block again on the reference and on a known-good engine, from the candidate's own state."""
 
-    def again(engine: EngineProcess) -> tuple[list[float], dict[str, Any]]:
+    def again(engine: EngineProcess) -> Outcome:
         engine.restore(block.before)
-        found = [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(block.first, block.last)]
-        return found, engine.state()
+        found = [engine.step(stream.at(step), stream.rate(step)) for step in range(block.first, block.last)]
+        return Outcome([float(step.loss) for step in found], [float(step.grad_norm) for step in found], engine.state())
 
     judge = trial.judge
     with judge.trusted(judge.reference, judge.plain_race_target) as reference:
@@ -311,9 +320,13 @@ def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
     with judge.trusted(judge.peer, judge.plain_race_target, precision=judge.target.precision.dtype) as known_good:
         good = again(known_good)
     recipe, steps = judge.target.recipe, block.last - block.first
+    mine, theirs = (
+        replay_distance(block.before, found, due, recipe, steps) | step_distance(block.before, found, due)
+        for found in (block.outcome, good)
+    )
     return replay(
-        replay_distance(block.before, (block.losses, block.after), due, recipe, steps),
-        replay_distance(block.before, good, due, recipe, steps),
+        mine,
+        theirs,
         precision=judge.target.precision.kept,
         steps=(block.first, block.last),
         sandboxed=trial.sandboxed,

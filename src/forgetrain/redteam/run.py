@@ -22,11 +22,17 @@ from forgetrain.errors import UserError
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.runner import KNOWN_GOOD, Effort, Judge
 from forgetrain.judge.sandbox import sandbox
-from forgetrain.redteam import deceit, escape, numerics, situation
+from forgetrain.redteam import deceit, escape, numerics, race, situation
 from forgetrain.redteam.attack import Attack
 from forgetrain.spec.target import Target, parse_target
 
-ATTACKS: tuple[Attack, ...] = (*numerics.ATTACKS, *deceit.ATTACKS, *situation.ATTACKS, *escape.ATTACKS)
+ATTACKS: tuple[Attack, ...] = (
+    *numerics.ATTACKS,
+    *deceit.ATTACKS,
+    *situation.ATTACKS,
+    *race.ATTACKS,
+    *escape.ATTACKS,
+)
 FAMILIES = tuple(dict.fromkeys(attack.family for attack in ATTACKS))
 
 #: Plans of honest engines, which must all be accepted in fp32 and in bf16.
