@@ -83,7 +83,22 @@ def test_minicpm_with_its_scales_and_tokenizer(tmp_path):
         ("quantization_config", {"bits": 4}),
         ("layer_types", ["full_attention", "sliding_attention"]),
         ("rope_parameters.rope_type", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}),
+        ("rope_parameters.type", {"rope_parameters": {"type": "yarn", "factor": 4.0, "rope_theta": 1e6}}),
+        ("rope_parameters.full_attention", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}),
+        ("rope_parameters.partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+        ("model.rope_theta", {"rope_parameters": {"rope_theta": None}}),
+        ("model.rope_theta", {"rope_parameters": {"rope_theta": "abc"}}),
+        ("rope_parameters", [1]),
+        ("rope_theta", "abc"),
+        ("tie_word_embeddings", "false"),
+        ("num_attention_heads", 0),
+        ("head_dim", 0),
+        ("layer_types", 5),
+        ("max_position_embeddings", "64"),
+        ("hidden_size", True),
         ("architectures", ["GPT2LMHeadModel"]),
+        ("architectures", [["x"]]),
+        ("model_type", {"architectures": None, "model_type": ["llama"]}),
         ("hidden_size", None),
         ("vocab_size", "many"),
         ("hidden_size", 50),
@@ -91,13 +106,29 @@ def test_minicpm_with_its_scales_and_tokenizer(tmp_path):
     ],
 )
 def test_refused_by_key(key, value, tmp_path):
-    changes = value if "." in key else {key: value}
+    changes = value if "." in key or key == "model_type" else {key: value}
     folder = write(tmp_path / "m", **({"architectures": ["LlamaForCausalLM"]} | changes))
     with pytest.raises(UserError) as caught:
         target_from_hf(folder)
     assert str(folder) in str(caught.value)
     assert key.removeprefix("model.") in str(caught.value)
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("given", [{}, {"num_key_value_heads": None}], ids=["left out", "null"])
+def test_key_value_heads_that_are_not_given_are_those_of_transformers(model_type, given, tmp_path):
+    config = {key: value for key, value in SHAPE.items() if key != "num_key_value_heads"}
+    config |= {"hidden_size": 1024, "num_attention_heads": 64, "model_type": model_type, **given}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    due = transformers.AutoConfig.from_pretrained(tmp_path).num_key_value_heads
+    assert target_from_hf(tmp_path).target.model.num_key_value_heads == due
+
+
+def test_plain_rope_under_its_older_names(tmp_path):
+    parameters = {"type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0}
+    folder = write(tmp_path / "m", architectures=["LlamaForCausalLM"], rope_parameters=parameters)
+    assert target_from_hf(folder).target.model.rope_theta == 1e6
 
 
 def test_files_that_are_no_config(tmp_path):

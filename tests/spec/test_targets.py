@@ -96,8 +96,18 @@ def test_production_recipes(name):
         ("gates.g5_relative=nan", r"gates\.g5_relative: Input should be a finite number"),
         ("gates.g4_fp32_ratio=-1", r"gates\.g4_fp32_ratio: Input should be greater than or equal to 0"),
         ("hardware.memory_gib=-1", r"hardware\.memory_gib: Input should be greater than 0"),
+        ("model.hidden_size=true", r"model\.hidden_size: Input should be a valid integer \(got True\)"),
+        ("recipe.lr=true", r"recipe\.lr: Input should be a valid number \(got True\)"),
+        ("model.qk_norm=1", r"model\.qk_norm: Input should be a valid boolean \(got 1\)"),
+        ("recipe.seed=-1", r"recipe\.seed: Input should be greater than or equal to 0 \(got -1\)"),
+        ("recipe.seed=9223372036854775808", r"recipe\.seed: Input should be less than 9223372036854775808"),
+        ("hardware.name=abacus", r"nano-cpu\.toml: hardware\.name: no such hardware \(got 'abacus'\). Choose one of"),
     ],
 )
 def test_a_number_that_trains_nothing_is_refused(override, message):
     with pytest.raises(UserError, match=message):
         load_target(next(file for file in FILES if file.stem == "nano-cpu"), [override])
+
+
+def test_a_time_is_a_seed():
+    assert load("nano-cpu", "recipe.seed=1764176400123456789").recipe.seed == 1764176400123456789

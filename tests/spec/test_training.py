@@ -21,7 +21,9 @@ def test_a_deadline_is_a_duration(written, kept, seconds):
     assert parse_target(target.plain()) == target
 
 
-@pytest.mark.parametrize("written", ["0", '"tomorrow"', '"1:2:3:4"', "true", "-5"])
+@pytest.mark.parametrize(
+    "written", ["0", '"tomorrow"', '"1:2:3:4"', "true", "-5", "inf", "nan", "1e308", '"9999999999:00"']
+)
 def test_what_is_no_duration_is_refused(written):
     with pytest.raises(UserError, match=r"train\.deadline"):
         load_target("targets/nano-cpu.toml", [f"train.deadline={written}"])

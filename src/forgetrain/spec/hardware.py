@@ -10,10 +10,12 @@ what a copy kernel reaches where somebody measured it, else the datasheet's.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from forgetrain.errors import UserError
-from forgetrain.spec.target import Hardware
+
+if TYPE_CHECKING:
+    from forgetrain.spec.target import Hardware  # which looks its name up here
 
 Dtype = Literal["fp32", "bf16", "fp8"]
 

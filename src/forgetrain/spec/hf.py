@@ -15,14 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field, ValidationError
+
 from forgetrain.errors import UserError
+from forgetrain.spec.section import Positive, PositiveFloat, Section, refusal
 from forgetrain.spec.target import Target, parse_target
 
 #: model_type → values that its transformers class takes for keys that a config leaves out.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
-    "qwen2": {"max_position_embeddings": 32768, "rope_theta": 10000.0, "rms_norm_eps": 1e-6},
-    "qwen3": {"max_position_embeddings": 32768, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "head_dim": 128},
+    "qwen2": {
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 32,
+    },
+    "qwen3": {
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+    },
     "minicpm": {
         "max_position_embeddings": 2048,
         "rope_theta": 10000.0,
@@ -41,8 +55,6 @@ ARCHITECTURES = {
     "MiniCPMForCausalLM": "minicpm",
 }
 
-REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
 #: Keys that say nothing about the computation in training, or that are looked at below.
 HARMLESS = {
     *("architectures", "auto_map", "dtype", "initializer_range", "max_window_layers", "model_type", "name_or_path"),
@@ -58,7 +70,8 @@ HARMLESS = {
         "mup_denominator",
     ),
     *("output_hidden_states", "unk_token_id", "is_encoder_decoder", "chunk_size_feed_forward", "problem_type"),
-    *("id2label", "label2id", "rope_theta", "max_position_embeddings", "rms_norm_eps", *REQUIRED),
+    *("id2label", "label2id", "rope_theta", "max_position_embeddings", "rms_norm_eps", "layer_types", "hidden_size"),
+    *("intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"),
 }
 
 #: Key → the only values this package computes; anything else would change the computation.
@@ -77,12 +90,39 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "num_local_experts": (None, 0),
 }
 
+#: The same of ``rope_parameters``, where any other key but ``rope_theta`` is of another kind of RoPE, or is a layer
+#: type with its own. transformers reads ``type`` where there is no ``rope_type``.
+ONLY_ROPE: dict[str, tuple[Any, ...]] = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "partial_rotary_factor": (None, 1.0),
+}
+
+_PLAIN_ROPE = 'set rope_type to "default" in a copy of config.json, and leave out all but rope_theta, for plain RoPE'
 REMEDIES = {
     "rope_scaling": "set it to null in a copy of config.json to train with plain RoPE",
     "attention_bias": "it would add a bias to o_proj, which no variant has; choose a model without it",
     "quantization_config": "take the model's unquantised folder",
     "attention_dropout": "set it to 0.0 in a copy of config.json; pre-training uses none",
 }
+
+
+class _Config(Section):
+    """What is computed with here, typed before it is; the other keys go to the target, which checks them."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    head_dim: Positive | None = None
+    vocab_size: Positive
+    max_position_embeddings: Positive
+    rope_theta: PositiveFloat
+    rope_parameters: dict[str, Any] = Field(default_factory=dict)
+    layer_types: list[str] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -100,22 +140,21 @@ def target_from_hf(folder: Path, *, name: str | None = None, hardware: str = "cp
     file = folder if folder.is_file() else folder / "config.json"
     config = _read(file)
     family = _family(config, file)
-    for key, allowed in ONLY.items():
-        if config.get(key, allowed[0]) not in allowed:
-            remedy = REMEDIES.get(key, f"the only value supported is {json.dumps(allowed[-1])}")
-            raise UserError("is not supported", file=file, key=key, value=config[key], remedy=remedy)
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise UserError(
-            "is not supported",
-            file=file,
-            key="layer_types",
-            value=next(kind for kind in config["layer_types"] if kind != "full_attention"),
-            remedy="choose a model whose layers all have full attention",
-        )
-    values = _model(config, family, file)
+    _require_supported(config, file)
+    # null is a missing key, but for this one, where it is as many heads as there are query heads
+    given = {key: value for key, value in config.items() if value is not None or key == "num_key_value_heads"}
+    given = FAMILIES[family] | given
+    try:
+        typed = _Config.model_validate(given)
+    except ValidationError as error:
+        wrong = "correct it in a copy of config.json"
+        raise refusal(error, file=file, missing="add it to config.json", wrong=wrong) from None
+    _require_plain(typed, file)
+    values = _model(given, typed, family, file)
     default = re.sub(r"[^a-z0-9._-]+", "-", file.resolve().parent.name.lower()).strip("-._") or "model"
-    tree = {"name": name or default, "model": values} | _rest(config, family, values, hardware, file)
-    unread = tuple(sorted(config.keys() - HARMLESS - ONLY.keys() - {"layer_types"}))
+    rest = _rest(config, family, typed.max_position_embeddings, hardware, file)
+    tree = {"name": name or default, "model": values} | rest
+    unread = tuple(sorted(config.keys() - HARMLESS - ONLY.keys()))
     return Drawn(parse_target(tree, file=file), unread)
 
 
@@ -135,10 +174,10 @@ def _family(config: dict[str, Any], file: Path) -> str:
     architectures = config.get("architectures")
     key, found = "architectures", architectures[0] if isinstance(architectures, list) and architectures else None
     if found is not None:
-        family = ARCHITECTURES.get(found)
+        family = ARCHITECTURES.get(str(found))
     else:
         key, found = "model_type", config.get("model_type")
-        family = found if found in FAMILIES else None
+        family = found if str(found) in FAMILIES else None
     if family is None:
         raise UserError(
             "unknown architecture", file=file, key=key, value=found, remedy=f"supported are {', '.join(ARCHITECTURES)}"
@@ -146,56 +185,56 @@ def _family(config: dict[str, Any], file: Path) -> str:
     return family
 
 
-def _model(config: dict[str, Any], family: str, file: Path) -> dict[str, Any]:
-    for key in REQUIRED:
-        if not isinstance(config.get(key), int):
-            problem = "is missing" if config.get(key) is None else "is not a whole number"
-            raise UserError(problem, file=file, key=key, value=config.get(key), remedy="add it to config.json")
-    given = FAMILIES[family] | {key: value for key, value in config.items() if value is not None}
-    heads = given["num_attention_heads"]
-    if "head_dim" not in given and given["hidden_size"] % heads:
+def _require_supported(config: dict[str, Any], file: Path) -> None:
+    for key, allowed in ONLY.items():
+        if config.get(key, allowed[0]) not in allowed:
+            remedy = REMEDIES.get(key, f"the only value supported is {json.dumps(allowed[-1])}")
+            raise UserError("is not supported", file=file, key=key, value=config[key], remedy=remedy)
+
+
+def _require_plain(config: _Config, file: Path) -> None:
+    """Full attention in every layer, and one plain RoPE for all of them."""
+    for kind in config.layer_types:
+        if kind != "full_attention":
+            remedy = "choose a model whose layers all have full attention"
+            raise UserError("is not supported", file=file, key="layer_types", value=kind, remedy=remedy)
+    for key, value in config.rope_parameters.items():
+        if key != "rope_theta" and value not in ONLY_ROPE.get(key, ()):
+            key = f"rope_parameters.{key}"
+            raise UserError("is not supported", file=file, key=key, value=value, remedy=_PLAIN_ROPE)
+
+
+def _model(given: dict[str, Any], config: _Config, family: str, file: Path) -> dict[str, Any]:
+    heads = config.num_attention_heads
+    if config.head_dim is None and config.hidden_size % heads:
         raise UserError(
             f"is not divisible by num_attention_heads = {heads}, and head_dim is not given",
             file=file,
             key="hidden_size",
-            value=given["hidden_size"],
+            value=config.hidden_size,
             remedy="add head_dim",
         )
-    values = {key: given[key] for key in REQUIRED}
-    values |= {
-        "num_key_value_heads": given.get("num_key_value_heads", heads),
-        "head_dim": given.get("head_dim", given["hidden_size"] // heads),
-        "rope_theta": _rope_theta(given, file),
-        "rms_norm_eps": given["rms_norm_eps"],
-        "tie_word_embeddings": bool(given.get("tie_word_embeddings", False)),
-        "max_position_embeddings": given["max_position_embeddings"],
+    values = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.num_key_value_heads or heads,
+        "head_dim": config.head_dim or config.hidden_size // heads,
+        "vocab_size": config.vocab_size,
+        # transformers 5 keeps it in rope_parameters, older ones beside the other keys
+        "rope_theta": config.rope_parameters.get("rope_theta", config.rope_theta),
+        "max_position_embeddings": config.max_position_embeddings,
         "attention_bias": family == "qwen2",
         "qk_norm": family == "qwen3",
     }
-    optional = ["initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"]
+    taken = ["rms_norm_eps", "tie_word_embeddings", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id"]
     if family == "minicpm":
-        optional += ["scale_emb", "scale_depth", "dim_model_base"]
-    return values | {key: given[key] for key in optional if key in given}
+        taken += ["scale_emb", "scale_depth", "dim_model_base"]
+    return values | {key: given[key] for key in taken if key in given}
 
 
-def _rope_theta(config: dict[str, Any], file: Path) -> float:
-    """transformers 5 keeps it in ``rope_parameters``, older ones beside the other keys."""
-    parameters = config.get("rope_parameters") or {}
-    kind = parameters.get("rope_type", "default")
-    if kind != "default":
-        raise UserError(
-            "is not supported",
-            file=file,
-            key="rope_parameters.rope_type",
-            value=kind,
-            remedy='set it to "default" in a copy of config.json to train with plain RoPE',
-        )
-    return float(parameters.get("rope_theta", config["rope_theta"]))
-
-
-def _rest(
-    config: dict[str, Any], family: str, values: dict[str, Any], hardware: str, file: Path
-) -> dict[str, dict[str, Any]]:
+def _rest(config: dict[str, Any], family: str, positions: int, hardware: str, file: Path) -> dict[str, dict[str, Any]]:
     """Everything but the model: what a config does not say, at usual values for the user to change."""
     dtype = "bf16" if config.get("dtype", config.get("torch_dtype")) == "bfloat16" else "fp32"
     rest: dict[str, dict[str, Any]] = {
@@ -206,14 +245,14 @@ def _rest(
             "decay_steps": 1000,
             "batch_size": 128,
             "micro_batch_size": 1,
-            "sequence_length": min(4096, values["max_position_embeddings"]),
+            "sequence_length": min(4096, positions),
             "steps": 10000,
         },
         "precision": {"dtype": dtype},
         "hardware": {"name": hardware},
         # megatron-core has MiniCPM's scales only in part, so transformers is the reference there.
         "reference": {"name": "transformers" if family == "minicpm" else "megatron"},
-        "gates": {"sequence_length": min(128, values["max_position_embeddings"])},
+        "gates": {"sequence_length": min(128, positions)},
     }
     if (file.resolve().parent / "tokenizer.json").is_file():
         rest["data"] = {"tokenizer": str(file.resolve().parent)}

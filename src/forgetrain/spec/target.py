@@ -26,9 +26,10 @@ from pydantic import (
 )
 
 from forgetrain.errors import UserError
+from forgetrain.spec.hardware import hardware_of
 from forgetrain.spec.model import Model
 from forgetrain.spec.parallel import Parallel
-from forgetrain.spec.section import NotNegative, Positive, PositiveFloat, Ratio, Section
+from forgetrain.spec.section import NotNegative, Positive, PositiveFloat, Ratio, Section, refusal
 
 
 class Recipe(Section):
@@ -51,7 +52,7 @@ class Recipe(Section):
     micro_batch_size: Positive
     sequence_length: Positive
     steps: Positive
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # TOML's whole numbers end there
 
     @model_validator(mode="after")
     def _divides(self) -> Recipe:
@@ -238,7 +239,7 @@ class Gates(Section):
         return self
 
 
-_DURATION = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d\d)")
+_DURATION = re.compile(r"(?:(\d{1,9})-)?(?:(\d{1,9}):)?(\d{1,9}):(\d\d)")
 
 
 def duration_seconds(text: str) -> float:
@@ -260,7 +261,7 @@ def _as_deadline(value: Any) -> Any:
     if isinstance(value, datetime.time):
         value = value.isoformat("seconds")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = round(value * 60)
+        seconds = round(value * 60) if 0 < value < 1e9 else 0  # no time, which is refused below: inf and nan, too
         value = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
     if isinstance(value, str):
         duration_seconds(value)
@@ -441,17 +442,11 @@ def load_target(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_target(tree: dict[str, Any], *, file: object = None) -> Target:
     """Validates nested values as a target. Raises UserError naming file, key, value and remedy."""
     try:
-        return Target.model_validate(tree)
+        target = Target.model_validate(tree)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or None
-        if first["type"] == "extra_forbidden":
-            raise UserError("unknown key", file=file, key=key, remedy="remove it or fix its spelling") from None
-        if first["type"] == "missing":
-            raise UserError("is missing", file=file, key=key, remedy="add it to the target") from None
-        problem = first["msg"].removeprefix("Value error, ")
-        value = first["input"] if not isinstance(first["input"], dict) else None
-        raise UserError(problem, file=file, key=key, value=value, remedy="see docs/target.md") from None
+        raise refusal(error, file=file, missing="add it to the target", wrong="see docs/target.md") from None
+    hardware_of(target.hardware, file=file)
+    return target
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

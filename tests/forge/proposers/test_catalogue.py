@@ -42,6 +42,10 @@ def test_the_order_is_repeatable():
     assert orders[0] == orders[1]
 
 
+def test_a_seed_may_be_longer_than_those_of_optuna():
+    assert isinstance(Catalogue(tiny_target(), Plan.textbook(), seed=2**63 - 1).propose(brief()), Proposal)
+
+
 @pytest.mark.parametrize(
     ("worst", "keys"),
     [

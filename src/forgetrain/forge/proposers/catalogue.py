@@ -43,7 +43,7 @@ class Catalogue:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, multivariate=True)
+            sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=4, multivariate=True)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._study.enqueue_trial({key: self._start[key] for key in self._keys})
         self._asked: dict[str, optuna.trial.Trial | None] = {}
