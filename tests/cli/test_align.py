@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from forgetrain.cli.main import main
+from forgetrain.golden.record import sealed
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_a_record_with_a_flipped_byte_or_of_another_environment_is_refused(align
     shutil.copytree(folder / "runs" / "tiny" / "golden", golden)
     manifest = json.loads((golden / "manifest.json").read_text())
     manifest["environment"]["threads"] = 64
-    (golden / "manifest.json").write_text(json.dumps(manifest))
+    (golden / "manifest.json").write_text(json.dumps(sealed(manifest)))
     line = refused(monkeypatch, capsys, folder, "align", target, "--golden", golden)
     assert "threads" in line
     assert "64" in line

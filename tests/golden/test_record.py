@@ -106,6 +106,33 @@ def test_a_flipped_byte_is_refused_with_the_file_named(name, tmp_path):
     assert str(refused.value).endswith("Run forgetrain collect")
 
 
+@pytest.mark.parametrize("key", ["files", "precision", "environment", "target", "learning_rates"])
+def test_a_manifest_without_a_key_is_refused(key, tmp_path):
+    path = write(tmp_path / "golden").folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest[key]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: was changed") as refused:
+        GoldenRecord.open(tmp_path / "golden", remedy="run forgetrain collect")
+    assert str(refused.value).endswith("Run forgetrain collect")
+
+
+def test_another_learning_rate_in_the_manifest_is_refused(tmp_path):
+    path = write(tmp_path / "golden").folder / MANIFEST
+    path.write_text(path.read_text().replace("0.01", "0.02", 1))
+    with pytest.raises(UserError, match=r"manifest\.json: was changed"):
+        GoldenRecord.open(tmp_path / "golden")
+
+
+def test_a_record_from_before_the_manifest_had_a_hash_is_to_be_collected_again(tmp_path):
+    path = write(tmp_path / "golden").folder / MANIFEST
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(UserError, match=r"not a golden record of format 2\. Run forgetrain collect again"):
+        GoldenRecord.open(tmp_path / "golden")
+
+
 def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):
     folder = write(tmp_path / "golden").folder
     (folder / BATCHES).unlink()
@@ -113,9 +140,9 @@ def test_a_missing_file_and_a_damaged_manifest_are_named(tmp_path):
         GoldenRecord.open(folder)
     assert refused.value.file == folder / BATCHES
     (folder / MANIFEST).write_text('{"format": 99}')
-    with pytest.raises(UserError, match="not a golden record of format 1"):
+    with pytest.raises(UserError, match="not a golden record of format 2"):
         GoldenRecord.open(folder)
-    (folder / MANIFEST).write_text('{"format": 1')
+    (folder / MANIFEST).write_text('{"format": 2')
     with pytest.raises(UserError, match=r"manifest\.json: not valid JSON"):
         GoldenRecord.open(folder)
     with pytest.raises(UserError, match=r"nowhere/manifest\.json: no such file"):

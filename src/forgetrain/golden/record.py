@@ -4,7 +4,8 @@
     record.evidence["model.layers.0.input_layernorm#fwd@0"]       # read from disk when asked for
     record.trajectory(ranks=2)[0].loss
 
-    manifest.json          target, reference with versions and shims, environment, seed, verdicts, SHA-256 of every file
+    manifest.json          target, reference with versions and shims, environment, seed, learning rates, verdicts,
+                           SHA-256 of every file and of itself
     weights.safetensors    the weights from which everything begins, canonical names, fp32
     batches.safetensors    ``<step>/<field>`` of every batch
     taps.safetensors       taps, results and state of the first step, under the names of ``gates.g1.evidence_names``
@@ -17,6 +18,7 @@ A record is written into a folder beside its own and renamed, so it is whole or 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,7 +34,7 @@ from forgetrain.engine.contract import Batch
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Target, parse_target
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hash of the manifest itself
 #: What of the recipe the record's bits depend on.
 _RECIPE_KEYS = (
     *("batch_size", "micro_batch_size", "sequence_length", "optimizer", "beta1", "beta2", "eps", "muon_momentum"),
@@ -40,6 +42,12 @@ _RECIPE_KEYS = (
 )
 MANIFEST, WEIGHTS, BATCHES, EVIDENCE = "manifest.json", "weights.safetensors", "batches.safetensors", "taps.safetensors"
 TRAJECTORY, TIMING, LATER = "trajectory.jsonl", "timing.json", "later.safetensors"
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with the hash of all else that it says, in its order, so that a change of it shows."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return {**said, "sha256": hashlib.sha256(json.dumps(said).encode()).hexdigest()}
 
 
 class Evidence(Mapping[str, Tensor]):
@@ -69,7 +77,7 @@ class GoldenRecord:
 
     @classmethod
     def open(cls, folder: str | Path, *, remedy: str = "run forgetrain collect again") -> GoldenRecord:
-        """Reads the manifest and checks every file's hash.
+        """Reads the manifest and checks its own hash and every file's.
 
         Raises:
             UserError: there is no record, its manifest is damaged or of another format, or a file was changed.
@@ -78,6 +86,8 @@ class GoldenRecord:
         manifest = read_json(folder / MANIFEST, remedy)
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise UserError(f"is not a golden record of format {FORMAT}", file=folder / MANIFEST, remedy=remedy)
+        if manifest != sealed(manifest):
+            raise UserError("was changed: it is not what its own hash says", file=folder / MANIFEST, remedy=remedy)
         for name, expected in manifest["files"].items():
             path = folder / name
             if not path.is_file():
@@ -151,7 +161,8 @@ def write_record(
     manifest: Mapping[str, Any],
     later: Mapping[str, Tensor] | None = None,
 ) -> GoldenRecord:
-    """Writes a record whole, in place of an older one. ``manifest`` is what it says besides format and files."""
+    """Writes a record whole, in place of an older one. ``manifest`` is what it says besides format, files and
+    its hash."""
     folder = Path(folder)
     with new_folder(folder) as partial:
         _save(weights, partial / WEIGHTS)
@@ -165,7 +176,7 @@ def write_record(
                 file.writelines(json.dumps({"ranks": ranks, **point}) + "\n" for point in points)
         write_json(partial / TIMING, dict(timing))
         files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
-        write_json(partial / MANIFEST, {"format": FORMAT, **manifest, "files": files})
+        write_json(partial / MANIFEST, sealed({"format": FORMAT, **manifest, "files": files}))
     return GoldenRecord.open(folder)
 
 
