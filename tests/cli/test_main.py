@@ -3,10 +3,17 @@
 import subprocess
 import sys
 
+import pytest
 from rich.text import Text
 
-from forgetrain.cli.main import app
+from forgetrain.cli.main import app, main
+from forgetrain.engine.process import EngineFailure
 from forgetrain.errors import UserError
+from forgetrain.forge.examine import ReferenceFailure
+
+TARGET = "targets/nano-cpu.toml"
+DIED = EngineFailure("crashed", "the engine's process was killed by SIGKILL")
+BROKE = ReferenceFailure("the reference broke: the engine's process was killed by SIGKILL")
 
 
 def test_its_help_and_its_errors_do_not_wait_for_torch():
@@ -22,3 +29,42 @@ def test_the_help_of_every_command_is_whole():
 def test_a_command_in_a_remedy_can_be_copied():
     assert str(UserError("x", remedy="forgetrain align TARGET writes one")) == "x. forgetrain align TARGET writes one"
     assert str(UserError("x", remedy="run forgetrain align TARGET")) == "x. Run forgetrain align TARGET"
+
+
+@pytest.mark.parametrize(
+    ("command", "where", "failure"),
+    [
+        (["collect", TARGET], "forge.collect.collect", DIED),
+        (["align", TARGET], "forge.collect.open_or_collect", DIED),
+        (["align", TARGET], "forge.collect.open_or_collect", BROKE),
+        (["run", TARGET], "pipeline.run_target", DIED),
+        (["run", TARGET], "pipeline.run_target", BROKE),
+        (["forge", TARGET], "pipeline.prepare", DIED),
+        (["submit", TARGET, "--target", TARGET], "pipeline.prepare", DIED),
+        (["mcp", TARGET], "pipeline.prepare", DIED),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_reference_that_dies_is_one_line_and_no_failed_gate(command, where, failure, tmp_path, monkeypatch, capsys):
+    if command[0] == "mcp":
+        pytest.importorskip("mcp.server.mcpserver")
+
+    def dies(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(f"forgetrain.{where}", dies)
+    monkeypatch.setattr(sys, "argv", ["forgetrain", *command, "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == ("", f"forgetrain: {failure}. See whether forgetrain collect runs\n")
+
+
+def test_what_is_nobodys_fault_but_the_programs_keeps_its_traceback(monkeypatch):
+    def breaks(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("forgetrain.forge.collect.collect", breaks)
+    monkeypatch.setattr(sys, "argv", ["forgetrain", "collect", TARGET])
+    with pytest.raises(ZeroDivisionError):
+        main()

@@ -43,7 +43,6 @@ def command(
     # these load torch, the references' adapters and the judge, which other commands do without
     from forgetrain.forge.align import align, alignable, diagnose
     from forgetrain.forge.collect import ReferenceRejected, open_named, open_or_collect
-    from forgetrain.forge.examine import ReferenceFailure
 
     target = read_target(target_file, overrides)
     start = None if plan is None else _starting_plan(plan, engine)
@@ -69,8 +68,6 @@ def command(
         say(f"G0 failed: {rejected}")
         emit({"passed": False, "verdicts": [rejected.verdict.as_dict()]}, as_json)
         raise typer.Exit(1) from None
-    except ReferenceFailure as failure:
-        raise UserError(str(failure), remedy="see whether forgetrain collect runs") from None
     for verdict in result.verdicts:
         say(f"{verdict.gate} {'passed' if verdict.passed else 'FAILED'}: {verdict.explanation}")
     if result.plan is not None:

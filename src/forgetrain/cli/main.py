@@ -1,4 +1,5 @@
-"""The ``forgetrain`` command: registers the commands and turns bad input into one line and exit code 2."""
+"""The ``forgetrain`` command: registers the commands and turns bad input, and a reference that dies, into one line
+and exit code 2."""
 
 from __future__ import annotations
 
@@ -81,7 +82,8 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 1 a gate failed, 2 bad input, 130 interrupted."""
+    """Runs the command line. Exit codes: 0 done, 1 a gate failed, 2 bad input or a reference that died, 130
+    interrupted."""
     if threading.current_thread() is threading.main_thread():  # Python takes signals nowhere else
         signal.signal(signal.SIGINT, _interrupt)
     try:
@@ -96,9 +98,22 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"{error.filename or 'the disk'}: no space left on the device. Free some space and run the command again")
+    except Exception as error:
+        if not _process_died(error):
+            raise
+        fail(str(UserError(str(error), remedy="see whether forgetrain collect runs")))
     except Interrupted:
         print("forgetrain: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _process_died(error: Exception) -> bool:
+    """Whether it is of a reference's process, which says nothing about any gate."""
+    # these load torch, which commands that do without must not wait for
+    from forgetrain.engine.process import EngineFailure
+    from forgetrain.forge.examine import ReferenceFailure
+
+    return isinstance(error, EngineFailure | ReferenceFailure)
 
 
 def fail(line: str) -> None:

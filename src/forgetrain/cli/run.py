@@ -31,20 +31,14 @@ def command(
 ) -> None:
     """Collect, align, forge, train, export, and a reply: the whole way, with a table of what was proved."""
     # these load torch and the references' adapters, which other commands do without
-    from forgetrain.engine.process import EngineFailure
-    from forgetrain.errors import UserError
-    from forgetrain.forge.examine import ReferenceFailure
     from forgetrain.pipeline import PROMPT, STAGES, run_target
     from forgetrain.report.run import write_report
 
     target = read_target(target_file, overrides)
     shown = Shown(console, stages=len(STAGES) - (search == 0))
-    try:
-        outcome = run_target(
-            target, runs, shown, prompt=PROMPT if prompt is None else prompt, restart=restart, search=search
-        )
-    except (ReferenceFailure, EngineFailure) as failure:
-        raise UserError(str(failure), remedy="see whether forgetrain collect runs") from None
+    outcome = run_target(
+        target, runs, shown, prompt=PROMPT if prompt is None else prompt, restart=restart, search=search
+    )
     outcome.places["report"] = str(write_report(outcome.as_dict(), outcome.folder))
     _summary(outcome)
     emit(outcome.as_dict(), as_json)
