@@ -69,3 +69,51 @@ def test_the_standard_library_is_source_without_tests_or_packages():
     assert "argparse.py" in parts
     assert not parts & corpus.STDLIB_SKIPPED
     assert sum(file.stat().st_size for file in files) > 8e6
+
+
+@pytest.mark.parametrize("piece", [60, 61, 62, 63])
+def test_a_line_longer_than_a_piece_is_cut_between_characters(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(corpus, "PIECE", piece)
+    text = "a𝄞漢é" * 100
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    found, _ = read(tmp_path / "one.txt")
+    assert "".join(part for _, part in found) == text
+    assert len(found) > 3
+
+
+def test_a_character_that_the_file_leaves_unfinished_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "PIECE", 60)
+    (tmp_path / "one.txt").write_bytes(b"a" * 117 + "漢".encode() + "漢".encode()[:2])
+    with pytest.raises(UserError, match=r"one\.txt: is binary"):
+        read(tmp_path / "one.txt")
+
+
+def linked(tmp_path):
+    """A folder with a file of its own and a link to a folder elsewhere, in which is a link to a third."""
+    for name in ("corpus/own/a.txt", "elsewhere/b.txt", "third/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "corpus" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "on").symlink_to(tmp_path / "third")
+    return tmp_path / "corpus"
+
+
+@pytest.mark.parametrize("glob", ["**/*", "**/*.txt", "**"])
+def test_linked_folders_are_followed(tmp_path, glob):
+    found, _ = read(linked(tmp_path), glob=glob)
+    assert [name for name, _ in found] == ["linked/b.txt", "linked/on/c.txt", "own/a.txt"]
+
+
+@pytest.mark.parametrize("back", ["corpus", "elsewhere", "."])
+def test_a_link_to_a_folder_around_it_is_refused_by_name(tmp_path, back):
+    folder = linked(tmp_path)
+    (tmp_path / "corpus" / "own" / "also").symlink_to(tmp_path / "third")  # twice, but around nothing
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / back)
+    with pytest.raises(UserError, match=r"linked/.*: is, by a link, a folder that it lies in"):
+        read(folder)
+    assert [name for name, _ in read(folder, glob="own/*/*")[0]] == ["own/also/c.txt"]
+
+
+def test_two_stars_are_a_whole_part_of_a_pattern(tmp_path):
+    with pytest.raises(UserError, match=r"data\.sources\.glob: is no pattern .*\(got '\*\*\.txt'\)"):
+        read(linked(tmp_path), glob="**.txt")

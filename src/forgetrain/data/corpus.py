@@ -11,11 +11,13 @@ a damaged file of records.
 
 from __future__ import annotations
 
+import codecs
+import glob
 import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from forgetrain.data.sources import HUB, RECORD_FILES, Reading, data_set_records, file_records, is_data_set, text_of
@@ -71,18 +73,10 @@ def source_files(source: Source) -> list[Path]:
         )
     skipped = STDLIB_SKIPPED if source.path == STDLIB else frozenset()
     pattern = "**/*" if is_data_set(source.path) else source.glob
+    _require_pattern(pattern, source.path)
     if "**" in pattern:
-        _require_readable(root, skipped)
-    try:
-        found = list(root.glob(pattern))
-    except (ValueError, NotImplementedError) as error:  # "**x", or absolute
-        raise UserError(
-            f"is no pattern ({str(error).rstrip('.')})",
-            file=source.path,
-            key="data.sources.glob",
-            value=pattern,
-            remedy="write one relative to the folder, such as **/*.txt",
-        ) from None
+        _require_finite(root, skipped)
+    found = {root / name for name in glob.glob(pattern, root_dir=root, recursive=True)}  # pathlib's ** follows no links
     files = [path for path in found if path.is_file() and _wanted(path.relative_to(root), skipped)]
     if not files:
         raise UserError(
@@ -93,18 +87,38 @@ def source_files(source: Source) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _require_readable(root: Path, skipped: frozenset[str]) -> None:
-    """Raises the OSError of a folder within ``root`` that cannot be listed, which glob would pass over in silence. A
-    file system's own lost+found is root's alone, and no corpus."""
+def _require_pattern(pattern: str, path: str) -> None:
+    relative = not PurePath(pattern).is_absolute()
+    if relative and not any("**" in part and part != "**" for part in PurePath(pattern).parts):
+        return
+    problem = "two stars are a whole part of a path" if relative else "Non-relative patterns are unsupported"
+    raise UserError(
+        f"is no pattern ({problem})",
+        file=path,
+        key="data.sources.glob",
+        value=pattern,
+        remedy="write one relative to the folder, such as **/*.txt",
+    )
 
-    def refuse(error: OSError) -> None:
-        raise error
 
-    for _, folders, _ in os.walk(root, onerror=refuse):
-        folders[:] = [name for name in folders if _wanted(Path(name), skipped | {"lost+found"})]
+def _require_finite(folder: Path, skipped: frozenset[str], around: tuple[tuple[int, int], ...] = ()) -> None:
+    """Raises the OSError of a folder within that cannot be listed, which glob would pass over in silence, and refuses a
+    link to a folder around it, which glob would follow without end. A file system's own lost+found is root's alone, and
+    no corpus."""
+    status = folder.stat()
+    itself = (status.st_dev, status.st_ino)
+    if itself in around:
+        raise UserError(
+            "is, by a link, a folder that it lies in", file=folder, remedy="remove the link, or name another glob"
+        )
+    with os.scandir(folder) as entries:
+        inside = sorted(entry.name for entry in entries if entry.is_dir())
+    for name in inside:
+        if _wanted(PurePath(name), skipped | {"lost+found"}):
+            _require_finite(folder / name, skipped, (*around, itself))
 
 
-def _wanted(relative: Path, skipped: frozenset[str]) -> bool:
+def _wanted(relative: PurePath, skipped: frozenset[str]) -> bool:
     return not any(part.startswith(".") or part in skipped for part in relative.parts)
 
 
@@ -167,8 +181,19 @@ def _text(path: Path, name: str, single: bool, reading: Reading) -> Iterator[Doc
 def _pieces(file: BinaryIO) -> Iterator[bytes]:
     while piece := file.read(PIECE):
         if len(piece) == PIECE:
-            piece += file.readline(PIECE)
+            rest = file.readline(PIECE)
+            piece += rest
+            if len(rest) == PIECE:  # the line is longer, and the cut may lie within a character
+                split = _unfinished(piece)
+                file.seek(-split, os.SEEK_CUR)
+                piece = piece[: len(piece) - split]
         yield piece
+
+
+def _unfinished(piece: bytes) -> int:
+    """How many bytes at the end, at most 3, begin a character that ends after them."""
+    end = piece[-3:]
+    return len(end) - codecs.utf_8_decode(end, "ignore")[1]
 
 
 def _decode(raw: bytes) -> str | None:
