@@ -270,3 +270,23 @@ def test_ctrl_c_in_the_middle_leaves_the_old_folder(target, tmp_path, monkeypatc
         build_data(target, tmp_path / "data", force=True)
     assert open_data(tmp_path / "data", target).sha256 == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data"]
+
+
+def test_two_sources_of_one_label_are_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "corpus").mkdir()  # empty: reading would refuse it for that
+    twice = [{"path": str(tmp_path / "corpus"), "glob": glob} for glob in ("0*", "1*")]
+    target = corpus_target(tmp_path / "corpus", data={"sources": twice})
+    with pytest.raises(UserError, match=r"data\.sources\.1\.name: .*corpus.* is what data\.sources\.0 is called, too"):
+        build_data(target, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_names_tell_sources_of_one_path_apart_and_are_theirs_in_what_is_shown(tmp_path):
+    write_corpus(tmp_path / "corpus")
+    twice = [{"path": str(tmp_path / "corpus"), "glob": f"0{n}*", "name": f"part {n}"} for n in (0, 1)]
+    target = corpus_target(tmp_path / "corpus", data={"sources": twice})
+    data = build_data(target, tmp_path / "data")
+    assert [source.name for source in data.sources] == ["part 0", "part 1"]
+    twice[1]["name"] = "part 0"  # a name changes no token, so the folder is not built again
+    with pytest.raises(UserError, match=r"data\.sources\.1\.name: 'part 0' is what data\.sources\.0 is called, too"):
+        open_data(tmp_path / "data", corpus_target(tmp_path / "corpus", data={"sources": twice}))

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgetrain.data.corpus import STDLIB, source_files
-from forgetrain.data.folder import FORMAT, MANIFEST, TOKENIZER, DataFolder, open_data, settings_of
+from forgetrain.data.folder import FORMAT, MANIFEST, TOKENIZER, DataFolder, open_data, require_names_apart, settings_of
 from forgetrain.data.indexed import TokenFile, suffixed, token_dtype
 from forgetrain.data.tokenise import Report, require_text, tokenise, training_texts, write_indices
 from forgetrain.data.tokenizer import (
@@ -60,10 +60,11 @@ def build_data(
     workers: processes that tokenise; as many as this process has cores when None. force: builds from the beginning.
 
     Raises:
-        UserError: an empty corpus, a binary file, a tokenizer larger than the vocabulary, a truncated token file, a
-            full disk, another process that builds there. ``out`` is then as it was.
+        UserError: two sources of one name, an empty corpus, a binary file, a tokenizer larger than the vocabulary, a
+            truncated token file, a full disk, another process that builds there. ``out`` is then as it was.
     """
     say = report or (lambda what, done, total: None)
+    require_names_apart(target)
     key = _inputs_key(target)
     if not force and _built_from(out) == key:
         return open_data(out, target)

@@ -36,7 +36,7 @@ class Split:
 
 @dataclass(frozen=True)
 class SourceData:
-    name: str
+    name: str  # what the target calls it, which no other source is called
     weight: float
     train: Split
     held_out: Split
@@ -65,6 +65,7 @@ def open_data(folder: Path, target: Target, *, verify: bool = True) -> DataFolde
         UserError: nothing there, a file that is missing, truncated or damaged, or data made for another vocabulary,
             from other sources, or with other settings than the target's.
     """
+    require_names_apart(target)
     build = "run forgetrain data build TARGET"
     manifest = read_json(folder / MANIFEST, f"{build} first")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -77,19 +78,32 @@ def open_data(folder: Path, target: Target, *, verify: bool = True) -> DataFolde
             value=target.model.vocab_size,
             remedy=f"{build} --force",
         )
-    if "settings" in manifest:  # folders of earlier versions have none
-        _require_same(manifest["settings"], settings_of(target), folder, build)
+    # folders of earlier versions hold no settings
+    paths_alone = {"sources": [{"path": entry["path"]} for entry in manifest["sources"]]}
+    _require_same(manifest.get("settings", paths_alone), settings_of(target), folder, build)
     for name, facts in manifest["files"].items():
         _check(folder / name, facts["sha256"] if verify else None, facts["bytes"], f"{build} --force")
     sources = []
-    for entry in manifest["sources"]:
+    for entry, source in zip(manifest["sources"], target.data.sources, strict=True):
         for suffix, sha256 in entry.get("sha256", {}).items():
             _check(
                 suffixed(Path(entry["train"]["prefix"]), suffix), sha256 if verify else None, None, f"{build} --force"
             )
         splits = [_open_split(folder, entry[split]) for split in ("train", "held_out")]
-        sources.append(SourceData(entry["path"], entry["weight"], *splits))
+        sources.append(SourceData(source.label, entry["weight"], *splits))
     return DataFolder(folder, manifest, open_tokenizer(folder / TOKENIZER, target.model), sources)
+
+
+def require_names_apart(target: Target) -> None:
+    """Raises UserError when two sources are called the same: losses and statistics are of a source by its name."""
+    labels = [source.label for source in target.data.sources]
+    for number, label in enumerate(labels):
+        if (first := labels.index(label)) < number:
+            raise UserError(
+                f"{label!r} is what data.sources.{first} is called, too",
+                key=f"data.sources.{number}.name",
+                remedy="give each of them a name of its own",
+            )
 
 
 def settings_of(target: Target) -> dict[str, Any]:

@@ -217,7 +217,8 @@ def _weights(stage: Stage, data: DataFolder, target: Target) -> list[float]:
     """The stage's weight of each source of the data folder; 0 where it does not read it."""
     if not stage.weights:
         return [source.weight for source in data.sources]
-    built, named = [source.name for source in data.sources], [source.path for source in target.data.sources]
+    built = [entry["path"] for entry in data.manifest["sources"]]
+    named = [source.path for source in target.data.sources]
     if built != named:
         raise UserError(
             f"was built from other sources ({', '.join(built)}) than those the target's stages weigh",
