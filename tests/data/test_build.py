@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import subprocess
 import sys
@@ -290,3 +291,20 @@ def test_names_tell_sources_of_one_path_apart_and_are_theirs_in_what_is_shown(tm
     twice[1]["name"] = "part 0"  # a name changes no token, so the folder is not built again
     with pytest.raises(UserError, match=r"data\.sources\.1\.name: 'part 0' is what data\.sources\.0 is called, too"):
         open_data(tmp_path / "data", corpus_target(tmp_path / "corpus", data={"sources": twice}))
+
+
+def test_an_order_of_another_version_is_of_other_data_and_of_that_alone(tmp_path):
+    """Checkpoints record this hash, so the first version's are resumed where the order is still theirs."""
+    write_corpus(tmp_path / "corpus")
+
+    def hashes(*weights):
+        path = str(tmp_path / "corpus")
+        sources = [{"path": path, "glob": f"0{n}*", "name": str(n), "weight": w} for n, w in enumerate(weights)]
+        data = build_data(corpus_target(tmp_path / "corpus", data={"sources": sources}), tmp_path / "data")
+        facts = [data.manifest[key] for key in ("files", "sources", "tokenizer")]
+        return data.sha256, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    now, first = hashes(3.0, 0.5)
+    assert now == first
+    now, first = hashes(0.0014, 0.0006)
+    assert now != first

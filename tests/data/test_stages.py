@@ -143,3 +143,23 @@ def test_what_cannot_be_is_refused_before_anything_starts(tmp_path):
     turned = target.model_copy(update={"data": target.data.model_copy(update={"sources": sources})})
     with pytest.raises(UserError, match="was built from other sources"):
         Loader(data, turned)
+
+
+def test_weights_that_no_cycle_is_near_to_are_refused_with_those_of_the_nearest(tmp_path):
+    far = {"name": "far", "steps": 6, "weights": {"plain": 1.0, "zebra": 0.0001}}
+    target, data = staged(tmp_path, far)
+    near = r"write the weights of that cycle: plain = 4095, zebra = 1; else"
+    with pytest.raises(
+        UserError, match=rf"zebra: data\.stages\.far\.weights: asks for 0\.0001 of .* 0\.000244 .*{near}"
+    ):
+        Loader(data, target)
+    target, data = staged(tmp_path, {**far, "weights": {"plain": 4095, "zebra": 1}})
+    assert Loader(data, target).taken()["windows"].sum() == 6 * 4
+
+
+def test_a_weight_of_a_source_that_no_cycle_is_near_to_is_refused(tmp_path):
+    paths = [str(write_corpus(tmp_path / name)) for name in ("plain", "zebra")]
+    sources = [{"path": path, "weight": weight} for path, weight in zip(paths, (1e-6, 1.0), strict=True)]
+    target = corpus_target(tmp_path, data={"sources": sources})
+    with pytest.raises(UserError, match=r"plain: data\.sources\.weight: asks for 1e-06 of .* \(got 1e-06\)"):
+        Loader(build_data(target, tmp_path / "data"), target)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forgetrain.data.indexed import TokenFile, suffixed
+from forgetrain.data.order import mixing_version
 from forgetrain.data.tokenizer import TokenizerFolder, open_tokenizer
 from forgetrain.durable import read_json, sha256_file
 from forgetrain.errors import UserError
@@ -51,8 +52,11 @@ class DataFolder:
 
     @property
     def sha256(self) -> str:
-        """What identifies the tokens and their order: SHA-256 of the manifest's hashes, sources and weights."""
+        """What identifies the tokens and their order: SHA-256 of the manifest's hashes, sources and weights, and of the
+        version of the mixing where these weights' is not the first, so that no checkpoint goes on in another order."""
         facts = [self.manifest[key] for key in ("files", "sources", "tokenizer")]
+        if (version := mixing_version([source.weight for source in self.sources])) > 1:
+            facts.append({"mixing": version})
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

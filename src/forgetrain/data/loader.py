@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from forgetrain.data.folder import DataFolder, Split
-from forgetrain.data.order import Places, StagedOrder
+from forgetrain.data.order import LONGEST_CYCLE, Order, Places, StagedOrder
 from forgetrain.engine.contract import Batch, make_batch
 from forgetrain.errors import UserError
 from forgetrain.spec.stages import Stage, stages_of, steps_before
@@ -33,6 +33,8 @@ from forgetrain.spec.target import Target
 
 #: Batches that lie ready before they are asked for.
 AHEAD = 4
+#: A source's share of the windows may be this far from its weight's, relative to it, where no cycle holds it exactly.
+FURTHEST = 0.05
 
 
 class Loader:
@@ -40,7 +42,8 @@ class Loader:
 
     def __init__(self, data: DataFolder, target: Target, *, rank: int = 0, world: int = 1, device: str = "cpu"):
         """Raises UserError when a stage's B is no multiple of ``world``, when a source holds less than one window of a
-        stage that reads it, or when stages weigh sources that the data was not built from."""
+        stage that reads it, when stages weigh sources that the data was not built from, or when weights are so far
+        apart that no mixing cycle is near them."""
         self.data, self.rank, self.world, self.device = data, rank, world, device
         self.stages = stages_of(target)
         self.length, self.batch_size = target.recipe.sequence_length, target.recipe.batch_size
@@ -55,6 +58,8 @@ class Loader:
             _require_windows(stage, mixture, data, windows[stage.sequence_length])
         self.windows = {length: sum(counts) for length, counts in windows.items()}
         self.order = StagedOrder(self.stages, windows, weights, target.recipe.seed)
+        for stage, mixture, order in zip(self.stages, weights, self.order.orders, strict=True):
+            _require_shares(stage, mixture, data, order)
         self.pad = data.tokenizer.pad
 
     def epoch_at(self, step: int) -> float:
@@ -237,6 +242,22 @@ def _require_windows(stage: Stage, weights: Sequence[float], data: DataFolder, w
                 key=f"data.stages.{stage.name}.sequence_length" if stage.name else "recipe.sequence_length",
                 value=stage.sequence_length,
                 remedy="give more text or a shorter sequence",
+            )
+
+
+def _require_shares(stage: Stage, weights: Sequence[float], data: DataFolder, order: Order) -> None:
+    counts, length = order.taken(len(order.cycle)).tolist(), len(order.cycle)
+    for source, weight, count in zip(data.sources, weights, counts, strict=True):
+        asked, given = weight / sum(weights), count / length
+        if abs(given - asked) > FURTHEST * asked:
+            near = ", ".join(f"{one.name} = {of_it}" for one, of_it in zip(data.sources, counts, strict=True) if of_it)
+            raise UserError(
+                f"asks for {asked:.3g} of the windows, and the nearest cycle of at most {LONGEST_CYCLE} windows that "
+                f"holds every source has {given:.3g}",
+                file=source.name,
+                key=f"data.stages.{stage.name}.weights" if stage.weights else "data.sources.weight",
+                value=weight,
+                remedy=f"if that will do, write the weights of that cycle: {near}; else leave the source out",
             )
 
 

@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from forgetrain.spec.stages import Stage, stage_at
 
 _ROUNDS = 6
-#: The mixing cycle is at most this long; weights whose exact ratios need a longer one are rounded to it.
-_LONGEST_CYCLE = 4096
+#: The mixing cycle is at most this long; weights whose exact ratios need a longer one are met as nearly as one can.
+LONGEST_CYCLE = 4096
 
 
 class Places(NamedTuple):
@@ -112,20 +112,35 @@ def mixing_cycle(weights: Sequence[float]) -> NDArray[np.int64]:
 
     Smooth weighted round robin: each place goes to the source that is furthest behind its share.
     """
-    fractions = [Fraction(weight).limit_denominator(1000) for weight in weights]
-    scale = math.lcm(*(f.denominator for f in fractions))
-    shares = [int(f * scale) for f in fractions]
-    divisor = math.gcd(*shares)
-    shares = [share // divisor for share in shares] if divisor else [0] * len(shares)
-    if min(shares) == 0 or sum(shares) > _LONGEST_CYCLE:
-        total = math.fsum(weights)
-        shares = [max(1, round(weight / total * _LONGEST_CYCLE)) for weight in weights]
+    shares = _shares(weights)
     credit, cycle = np.zeros(len(shares), np.int64), np.zeros(sum(shares), np.int64)
     for place in range(len(cycle)):
         credit += shares
         cycle[place] = chosen = int(np.argmax(credit))
         credit[chosen] -= len(cycle)
     return cycle
+
+
+def mixing_version(weights: Sequence[float]) -> int:
+    """Which version of the program first made this cycle of these weights; a run of an earlier one had another order.
+
+    Version 1 rounded each weight to a denominator of 1000 at most, before it set them in relation.
+    """
+    rounded, shares = [Fraction(weight).limit_denominator(1000) for weight in weights], _shares(weights).tolist()
+    same = all(share * sum(rounded) == one * sum(shares) for one, share in zip(rounded, shares, strict=True))
+    return 1 if min(rounded) > 0 and same else 2
+
+
+def _shares(weights: Sequence[float]) -> NDArray[np.int64]:
+    """How often each source is in the cycle. Of all cycles that are not too long it is the one whose worst share is
+    nearest to its weight's, relative to it, and of several the shortest; where one holds the ratios exactly, that one.
+    Nine digits count, so that a ratio such as 1/3 is exact."""
+    asked = np.array(weights) / math.fsum(weights)
+    shares = np.maximum(1, np.rint(np.arange(1, LONGEST_CYCLE + 1)[:, None] * asked)).astype(np.int64)
+    length = shares.sum(axis=1, keepdims=True)
+    off = np.abs(shares / length / asked - 1).max(axis=1)
+    off[length[:, 0] > LONGEST_CYCLE] = np.inf
+    return shares[off.round(9).argmin()]
 
 
 def permute(index: NDArray[np.int64], n: int, key: tuple[Any, ...]) -> NDArray[np.int64]:
