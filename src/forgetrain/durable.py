@@ -93,7 +93,18 @@ def _system_error(error: Exception) -> int | None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of ``folder`` when the block ends and vanishes when it raises."""
+    """A folder to fill, which takes the place of ``folder`` when the block ends and vanishes when it raises.
+
+    Raises:
+        UserError: ``folder`` is the one that the command runs in, which would be gone below it; or a full disk.
+    """
+    folder = folder.resolve()  # "." has no name of its own
+    if folder.exists() and folder.samefile("."):
+        raise UserError(
+            "is the folder that the command runs in, and would be replaced",
+            file=folder,
+            remedy="name another one, which need not be there",
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

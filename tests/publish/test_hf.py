@@ -1,10 +1,13 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers import processors
 
+from forgetrain.data.tokenizer import train_tokenizer
 from forgetrain.errors import UserError
 from forgetrain.publish import hf
 from forgetrain.publish.generate import generate, load_model
@@ -12,7 +15,7 @@ from forgetrain.publish.hf import export_hf
 from forgetrain.publish.parity import TOLERANCE, logits_parity
 from forgetrain.train import checkpoint
 from forgetrain.train.loop import train
-from tests.corpus import built
+from tests.corpus import built, write_corpus
 from tests.tiny import ARCHITECTURES
 
 transformers = pytest.importorskip("transformers")
@@ -151,13 +154,125 @@ def test_what_no_transformers_family_computes_is_refused(tmp_path, changes, key)
         hf.family(target.model)
 
 
-def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
+def test_only_an_earlier_export_that_nobody_changed_is_replaced(tmp_path):
+    """A folder's place is taken by the export, so whatever else lies in it would be gone."""
     _, _, run = trained(tmp_path)
-    with pytest.raises(UserError, match="exists and is no earlier export"):
-        export_hf(run, tmp_path / "corpus")
-    assert list((tmp_path / "corpus").iterdir())
+    folder = export_hf(run).folder
+    assert export_hf(run).folder == folder  # untouched
+    (folder / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"export/hf: holds what no export wrote there: notes\.txt\. Name a new folder"):
+        export_hf(run)
+    (folder / "notes.txt").unlink()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")  # as fine-tuning in place leaves it
+    with pytest.raises(UserError, match=r"holds what no export wrote there: model\.safetensors"):
+        export_hf(run)
+
+
+def test_folders_of_something_else_are_not_overwritten(tmp_path):
+    _, _, run = trained(tmp_path)
+    model = export_hf(run, tmp_path / "model").folder
+    (model / "export.json").unlink()  # a model from anywhere
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "export.json").write_text('["of another program"]')
+    for place, what in (("model", "config.json"), ("foreign", "export.json"), ("corpus", "000.txt"), ("file", "file")):
+        before = sorted((tmp_path / place).rglob("*"))
+        with pytest.raises(UserError, match=rf"{place}: holds what no export wrote there: .*{what}"):
+            export_hf(run, tmp_path / place)
+        assert sorted((tmp_path / place).rglob("*")) == before
+    (tmp_path / "empty").mkdir()
+    assert export_hf(run, tmp_path / "empty").folder == tmp_path / "empty"
+
+
+def test_an_older_checkpoint_is_not_exported_without_a_word(tmp_path):
+    _, _, run = trained(tmp_path, train={"checkpoint_every": 2, "keep_last": 3})
+    damaged = run / "checkpoints" / "step-00000004" / "__0_0.distcp"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    said = []
+    assert export_hf(run, say=said.append).step == 2
+    assert len(said) == 1
+    assert "passing over a damaged checkpoint" in said[0]
+    assert "step-00000004" in said[0]
+    generate(run, "the", max_new_tokens=1, say=said.append)
+    assert said[1] == said[0]
+
+
+def brought(tmp_path, *, config=None, begins=None, **sections):
+    """A run whose data were tokenised by a user's tokenizer: its file, alone or with a config, perhaps with a token
+    that it puts before every text."""
+    words = train_tokenizer([path.read_text() for path in write_corpus(tmp_path / "corpus").iterdir()], 300)
+    if begins:
+        whole = processors.TemplateProcessing(single=f"{begins} $A", special_tokens=[(begins, 0)])
+        words.post_processor = whole
+    folder = tmp_path / "brought"
+    folder.mkdir()
+    words.save(str(folder / "tokenizer.json"))
+    for name, content in (config or {}).items():
+        (folder / name).write_text(json.dumps(content))
+    _, data, run = trained(tmp_path, data={"tokenizer": str(folder)}, **sections)
+    return data, run
+
+
+def test_a_token_that_training_never_saw_is_not_put_before_a_prompt_and_said_at_export(tmp_path, monkeypatch):
+    data, run = brought(tmp_path, begins="<s>")
+    said, given = [], []
+    folder = export_hf(run, say=said.append).folder
+    assert len(said) == 1
+    assert "the tokenizer adds <s> to every text, which training did not" in said[0]
+    llama = transformers.LlamaForCausalLM
+    monkeypatch.setattr(llama, "generate", lambda self, ids, **_: given.append(ids[0].tolist()) or ids)
+    generate(folder, "the forge")
+    assert given == [data.tokenizer.tokenizer.encode("the forge", add_special_tokens=False).ids]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"},
+            "special_tokens_map.json": {"eos_token": "<|im_end|>"},
+        },
+    ],
+)
+def test_a_tokenizer_that_was_brought_ends_documents_as_training_did(tmp_path, config):
+    data, run = brought(tmp_path, config=config, model={"eos_token_id": 1})
+    said = []
+    folder = export_hf(run, say=said.append).folder
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (0, 1, 2)
+    text = "the forge 12345 trains\n"
+    assert theirs(text)["input_ids"] == data.tokenizer.tokenizer.encode(text).ids
+    assert not said
+    assert generate(folder, "", max_new_tokens=3).tokens > 0
+
+
+@pytest.mark.parametrize("config", ["{}", '{"model_type": "llama"}', "no json", '{"model_type": "of_nobody"}'])
+def test_a_folder_that_transformers_cannot_load_is_refused_in_one_line(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=f"{tmp_path}: transformers cannot load it: ") as caught:
+        generate(tmp_path, "a")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_cannot_be_taken_is_refused(tmp_path, seed):
+    with pytest.raises(UserError, match=r"--seed: is not within 0 to 4294967295"):
+        generate(tmp_path, "a", seed=seed)
 
 
 def test_no_checkpoint_is_said_so(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         export_hf(tmp_path)
+
+
+def test_the_folder_that_the_command_runs_in_is_not_replaced(tmp_path, monkeypatch):
+    _, _, run = trained(tmp_path)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for out in (Path(), Path("../empty")):
+        with pytest.raises(UserError, match="empty: is the folder that the command runs in, and would be replaced"):
+            export_hf(run, out)
+    assert export_hf(run, Path("hf")).folder.is_dir()
+    assert [path.name for path in tmp_path.glob(".*")] == []

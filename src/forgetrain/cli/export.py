@@ -28,9 +28,9 @@ def command(
         raise UserError("no such format", key="--to", value=to, remedy="the format is hf")
     if dtype is not None and dtype not in DTYPES:
         raise UserError("no such dtype", key="--dtype", value=dtype, remedy=f"one of {', '.join(DTYPES)}")
-    exported = export_hf(source, out, dtype=dtype)
+    exported = export_hf(source, out, dtype=dtype, say=lambda line: say(console, line, "yellow"))
     size = f"{exported.parameters:,} parameters, {exported.dtype}"
-    say(console, f"{exported.folder}: {exported.architecture}, {size}")
+    say(console, f"{exported.folder}: {exported.architecture} of step {exported.step}, {size}")
     result = {key: str(value) if isinstance(value, Path) else value for key, value in vars(exported).items()}
     passed = True
     if check:

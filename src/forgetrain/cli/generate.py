@@ -25,7 +25,8 @@ def command(
     """Continue a text with a trained model."""
     from forgetrain.publish.generate import generate  # loads torch
 
-    reply = generate(source, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    reply = generate(source, prompt, **options, say=lambda line: say(console, line, "yellow"))
     if not as_json:
         print(reply.prompt + reply.text)
     say(console, f"{reply.tokens} tokens in {reply.seconds:.1f} s")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import torch
 
 from forgetrain.errors import UserError
 from forgetrain.publish.hf import export_hf
+
+#: What transformers, through numpy, takes as a seed.
+_SEEDS = range(2**32)
 
 
 @dataclass(frozen=True)
@@ -41,26 +45,47 @@ def generate(
     temperature: float = 0.7,
     top_p: float = 0.95,
     seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Reply:
-    """Continues ``prompt``. source: a checkpoint, a run's folder, or an exported folder. temperature 0 is greedy.
+    """Continues ``prompt``. source: a checkpoint, a run's folder, or an exported folder. temperature 0 is greedy. say:
+    is told what a person should know of the checkpoint.
 
-    An empty prompt begins a new document, as training saw it: after an end-of-document token.
+    The prompt is tokenised as training's documents were, without the tokens that a tokenizer may put around a text. An
+    empty one begins a new document, as training saw it: after an end-of-document token.
 
     Raises:
-        UserError: nothing to load, or a prompt longer than the model's positions.
+        UserError: nothing to load, a seed that cannot be taken, or a prompt longer than the model's positions.
     """
+    if seed not in _SEEDS:
+        raise UserError(
+            f"is not within 0 to {_SEEDS[-1]}", key="--seed", value=seed, remedy="any number there gives other text"
+        )
     if (source / "config.json").is_file():
         return _generate(source, prompt, max_new_tokens, temperature, top_p, seed)
     with tempfile.TemporaryDirectory(prefix="forgetrain-") as temporary:
-        exported = export_hf(source, Path(temporary) / "hf")
+        exported = export_hf(source, Path(temporary) / "hf", say=say)
         return _generate(exported.folder, prompt, max_new_tokens, temperature, top_p, seed)
 
 
 def _generate(folder: Path, prompt: str, new: int, temperature: float, top_p: float, seed: int) -> Reply:
     transformers = _transformers()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = load_model(folder)
-    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = load_model(folder)
+    except Exception as error:  # of a folder from anywhere transformers raises whatever its parts do
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"transformers cannot load it: {lines[0].rstrip('.: ')}",
+            file=folder,
+            remedy="name a checkpoint, a run's folder, or an exported folder",
+        ) from None
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+    if ids == [None]:
+        raise UserError(
+            "is empty, and the tokenizer names no end-of-document token to begin after",
+            key="--prompt",
+            remedy="give some text",
+        )
     room = model.config.max_position_embeddings - len(ids)
     if room < 1:
         raise UserError(

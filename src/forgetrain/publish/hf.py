@@ -14,9 +14,8 @@ Settings that changed their name between transformers 4 and 5 are written under 
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import forgetrain
 from forgetrain.data.tokenizer import CHAT_TEMPLATE, IM_START, TokenizerFolder, open_tokenizer
-from forgetrain.durable import new_folder, no_space_named, read_json, write_json
+from forgetrain.durable import new_folder, no_space_named, read_json, sha256_file, write_json
 from forgetrain.errors import UserError
 from forgetrain.spec.model import Model
 from forgetrain.spec.target import Target, parse_target
 from forgetrain.train import checkpoint
 
+#: What an export wrote, by name, with hashes: a folder that holds anything else is a user's, and not replaced.
+RECORD = "export.json"
 #: Weights are split into files of at most this many bytes.
 SHARD_BYTES = 4 * 2**30
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,6 +49,7 @@ _CLASSES = {
 class Exported:
     folder: Path
     checkpoint: Path
+    step: int
     architecture: str
     parameters: int
     dtype: str
@@ -115,23 +118,31 @@ def model_config(target: Target, tokenizer: TokenizerFolder, dtype: str) -> dict
     return config
 
 
-def export_hf(source: Path, out: Path | None = None, *, dtype: str | None = None) -> Exported:
+def export_hf(
+    source: Path, out: Path | None = None, *, dtype: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> Exported:
     """Writes a checkpoint (or the newest good one of a run's folder) as a Hugging Face folder; whole or not at all.
 
     out: by default ``export/hf`` in the run's folder. dtype: ``fp32`` or ``bf16``; by default what the target keeps
-    weights in.
+    weights in. say: is told what a person should know: checkpoints passed over, and what a user's tokenizer does that
+    training did not.
 
     Raises:
-        UserError: no good checkpoint, a model that no transformers family computes, or a full disk.
+        UserError: no good checkpoint, a model that no transformers family computes, a folder that holds something else
+            than an export, or a full disk.
     """
-    found = checkpoint.resolve(source, warn=lambda line: None)
+    found = checkpoint.resolve(source, warn=say)
     target = parse_target(found.manifest["target"], file=found.path / checkpoint.MANIFEST)
     tokenizer = open_tokenizer(found.path / checkpoint.TOKENIZER, target.model)
     dtype = dtype or target.precision.kept
     config = model_config(target, tokenizer, dtype)
     out = out or found.path.parent.parent / "export" / "hf"
-    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError("exists and is no earlier export", file=out, remedy="name a new folder with --out")
+    _require_replaceable(out)
+    if added := tokenizer.tokenizer.encode("").tokens:
+        say(
+            f"the tokenizer adds {' '.join(added)} to every text, which training did not: so will programs that use "
+            "the export, unless they are told add_special_tokens=False"
+        )
     with new_folder(out) as folder:
         _write_weights(folder, found.path, target.model, config, DTYPES[dtype])
         write_json(folder / "config.json", config)
@@ -147,11 +158,31 @@ def export_hf(source: Path, out: Path | None = None, *, dtype: str | None = None
                 "top_p": 0.95,
             },
         )
-        for path in tokenizer.folder.iterdir():
-            shutil.copyfile(path, folder / path.name)
-        _ensure_chat_template(folder, tokenizer)
+        _write_tokenizer(folder, tokenizer)
+        files = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+        facts = {"forgetrain": forgetrain.__version__, "target": target.name, "step": found.step}
+        write_json(folder / RECORD, facts | {"files": files})
     parameters = sum(torch.Size(shape).numel() for shape in target.model.parameter_shapes().values())
-    return Exported(out, found.path, config["architectures"][0], parameters, dtype)
+    return Exported(out, found.path, found.step, config["architectures"][0], parameters, dtype)
+
+
+def _require_replaceable(out: Path) -> None:
+    """Raises UserError when ``out`` holds anything but what an export wrote and nobody changed: it would be gone."""
+    record = out / RECORD
+    found = read_json(record, "name a new folder with --out") if record.is_file() else None
+    files = found["files"] if isinstance(found, dict) and "forgetrain" in found else {}
+    present = sorted(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    foreign = [
+        path.name
+        for path in present
+        if not (path == record and files) and not (path.is_file() and sha256_file(path) == files.get(path.name))
+    ]
+    if foreign:
+        raise UserError(
+            f"holds what no export wrote there: {', '.join(foreign[:3])}",
+            file=out,
+            remedy="name a new folder with --out, or move this one away",
+        )
 
 
 def _write_weights(folder: Path, source: Path, model: Model, config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -194,11 +225,26 @@ def _zero_output_biases(model: Model, dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _ensure_chat_template(folder: Path, tokenizer: TokenizerFolder) -> None:
-    """ChatML for a tokenizer that has its tokens and brought no template."""
-    path = folder / "tokenizer_config.json"
-    config = read_json(path, "export again") if path.is_file() else {"tokenizer_class": "PreTrainedTokenizerFast"}
-    if "chat_template" in config or (folder / "chat_template.jinja").is_file():
-        return
-    if tokenizer.tokenizer.token_to_id(IM_START) is not None:
-        path.write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}, indent=1), encoding="utf-8")
+def _write_tokenizer(folder: Path, tokenizer: TokenizerFolder) -> None:
+    """The tokenizer's files; in its settings the target's special tokens, whatever they named, and ChatML where it has
+    the tokens for it and brought no template."""
+    for path in tokenizer.folder.iterdir():
+        shutil.copyfile(path, folder / path.name)
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        write_json(settings, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    text, ids = tokenizer.tokenizer.id_to_token, {"eos": tokenizer.eos, "bos": tokenizer.bos, "pad": tokenizer.pad}
+    tokens = {f"{name}_token": text(token) for name, token in ids.items() if token is not None}
+    for path in (settings, folder / "special_tokens_map.json"):  # transformers 4 lets the second overrule the first
+        if path.is_file():
+            named = read_json(path, "export again")
+            write_json(path, named | {key: token for key, token in tokens.items() if _text(named.get(key)) != token})
+    named = read_json(settings, "export again")
+    has_template = "chat_template" in named or (folder / "chat_template.jinja").is_file()
+    if not has_template and tokenizer.tokenizer.token_to_id(IM_START) is not None:
+        write_json(settings, named | {"chat_template": CHAT_TEMPLATE})
+
+
+def _text(token: Any) -> Any:
+    """A special token is named by its text, or by an object that has it as its content."""
+    return token.get("content") if isinstance(token, dict) else token
