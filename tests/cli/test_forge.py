@@ -57,6 +57,10 @@ def test_bad_options_are_refused_in_one_line(tmp_path):
     assert both.stderr.startswith("forgetrain: --agent, --api: cannot go together")
     alone = forge(tmp_path, target, "--base-url", "http://localhost", code=2)
     assert "is for --api" in alone.stderr
+    free = forge(tmp_path, target, "--api", "model", "--set", "search.dollars=5", code=2)
+    assert free.stderr.startswith("forgetrain: search.dollars: cannot be counted without prices. Add --prices")
+    below = forge(tmp_path, target, "--api", "model", "--prices", "-1", "1", code=2)
+    assert below.stderr.startswith("forgetrain: --prices: is no price (got (-1.0, 1.0))")
     assert not (tmp_path / "runs").exists()
 
 

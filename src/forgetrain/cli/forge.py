@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,6 +51,12 @@ def command(
         raise UserError("cannot go together", key="--agent, --api", remedy="choose one")
     if api is None and (base_url is not None or prices != (0.0, 0.0)):
         raise UserError("is for --api", key="--base-url, --prices", remedy="add --api MODEL")
+    if not all(0 <= price < math.inf for price in prices):
+        raise UserError("is no price", key="--prices", value=prices, remedy="give dollars for a million tokens")
+    target, ray = read_target(target_file, overrides), executor is Executor.RAY
+    if api is not None and target.search.dollars > 0 and max(prices) == 0:
+        remedy = "add --prices IN OUT, or leave search.dollars out"
+        raise UserError("cannot be counted without prices", key="search.dollars", remedy=remedy)
     # these load torch, the references' adapters and the judge, which other commands do without
     from forgetrain.forge.begin import open_loop
     from forgetrain.forge.proposers.agent import Agent
@@ -57,7 +64,6 @@ def command(
     from forgetrain.pipeline import prepare
     from forgetrain.report.forge import write_forge_report
 
-    target, ray = read_target(target_file, overrides), executor is Executor.RAY
     if ray and importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed", key="--executor", remedy="run pip install 'forgetrain[ray]'")
     proposer: Proposer | None = Agent(agent) if agent else Api(api, base_url=base_url, prices=prices) if api else None

@@ -22,6 +22,9 @@ class Cost:
     tokens: int = 0
     dollars: float = 0.0
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.tokens + other.tokens, self.dollars + other.dollars)
+
 
 @dataclass(frozen=True)
 class Attempt:
