@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from forgetrain.forge.adopt import adopt_aligned
 from forgetrain.forge.briefing import how_it_ended, plan_behind, write_brief
+from forgetrain.forge.history import budget_left, champion_before, elections, judged, outcomes
 from forgetrain.forge.outcome import Champion, Judged, LoopOutcome
 from forgetrain.forge.profile import Profile, read_profile
 from forgetrain.forge.proposers.base import Brief, Budget, NoProposal, Proposal, Proposer
@@ -36,7 +38,6 @@ from forgetrain.judge.ledger import Ledger
 from forgetrain.judge.runner import Judge, Judgement
 from forgetrain.numerics.determinism import fingerprint
 from forgetrain.spec.target import Target
-from forgetrain.train.verified import find_verdicts
 
 #: Of hidden gates a proposer sees pass or fail alone.
 OPEN_GATES = ("contract", "G1", "G7", "G8")
@@ -144,30 +145,12 @@ class Loop:
         return self.ledger.files.read(digest).decode()
 
     def _outcomes(self) -> list[dict[str, Any]]:
-        """The target's attempts in order, with what became of them."""
-        return self.ledger.query(
-            "SELECT a.*, c.message FROM attempts a LEFT JOIN candidates c ON c.hash = a.candidate AND c.target = "
-            "a.target WHERE a.target = ? AND a.proposer != 'align' ORDER BY a.number",
-            (self.key,),
-        )
+        return outcomes(self.ledger, self.key)
 
     def _adopt_aligned(self) -> None:
-        """The aligned engine is the first champion; its verdicts G1 to G3 come with it."""
         file = self.runs / self.target.name / "engine" / "engine.py"
-        self.aligned = file
-        source = file.read_bytes()
-        digest = self.ledger.add_candidate(self.key, source, proposer="align", message="equals the reference")
-        self.baseline = digest
-        if self.ledger.champion(self.key) is None:
-            judging = self.ledger.begin_judging(
-                self.key, digest, environment=self.environment, purpose="aligned", id=f"aligned-{self.key}-{digest}"
-            )
-            for plain in find_verdicts(file, []) or []:
-                values = {key: value for key, value in plain.items() if key != "pass"}
-                self.ledger.add_verdict(judging, Verdict(passed=plain["pass"], **values))
-            self.ledger.end_judging(judging, passed=True, sandboxed=False)
-            self.ledger.elect(judging)
-            keep_commit(self.runs, self.target.name, digest, source.decode(), "aligned engine")
+        self.baseline = adopt_aligned(self.ledger, self.key, file, self.environment)
+        keep_commit(self.runs, self.target.name, self.baseline, self._source(self.baseline), "aligned engine")
 
     def _remember(self) -> None:
         """Tells the catalogue what the ledger knows, so that it proposes nothing twice and builds on what helped."""
@@ -176,22 +159,12 @@ class Loop:
             self.catalogue.tell(self._source(digest), gains.get(digest))
 
     def _judged(self) -> set[str]:
-        """Candidates whose judging came to its end; one that a kill cut off may come again."""
-        rows = self.ledger.query(
-            "SELECT candidate FROM attempts WHERE target = ? AND outcome IN ('accepted', 'rejected')", (self.key,)
-        )
-        return {self.baseline, *(row["candidate"] for row in rows)}
-
-    # One attempt.
+        return {self.baseline, *judged(self.ledger, self.key)}
 
     def _budget(self) -> Budget:
-        limits, spent = self.target.search, self.ledger.spent(self.key)
-        return Budget(
-            limits.minutes - spent.seconds / 60,
-            limits.attempts - spent.attempts,
-            max(0.0, limits.dollars - spent.dollars),
-            max(0, limits.tokens - spent.tokens),
-        )
+        return budget_left(self.ledger, self.key, self.target.search)
+
+    # One attempt.
 
     def _attempt(self) -> str | None:
         """One attempt; why the loop ends, or None to go on."""
@@ -314,13 +287,8 @@ class Loop:
         return outcome, reason
 
     def _other_parent(self, champion: Champion) -> Champion:
-        """The champion before this one."""
-        rows = self.ledger.query(
-            "SELECT candidate FROM elections WHERE target = ? AND candidate != ? "
-            "AND number NOT IN (SELECT election FROM depositions) ORDER BY number DESC LIMIT 1",
-            (self.key, champion.digest),
-        )
-        return Champion(rows[0]["candidate"], self._source(rows[0]["candidate"]), 1.0) if rows else champion
+        digest = champion_before(self.ledger, self.key, champion.digest)
+        return champion if digest is None else Champion(digest, self._source(digest), 1.0)
 
     def brief(self) -> Brief:
         """What a proposer would be told now."""
@@ -422,8 +390,8 @@ class Loop:
 
     def _outcome(self, ended: str) -> LoopOutcome:
         champion = self.champion()
-        elections = self.ledger.query("SELECT count(*) AS n FROM elections WHERE target = ?", (self.key,))[0]["n"] - 1
-        return LoopOutcome(champion.digest, champion.gain, len(self._outcomes()), elections, ended)
+        attempts, elected = len(self._outcomes()), elections(self.ledger, self.key)
+        return LoopOutcome(champion.digest, champion.gain, attempts, elected, ended)
 
     def _verified(self, ended: str) -> LoopOutcome:
         """The outcome with a champion that passed every gate again in this loop, written out; or with none."""

@@ -1,0 +1,29 @@
+"""The aligned engine in the ledger: the first champion, with its verdicts G1 to G3.
+
+baseline = adopt_aligned(ledger, target, runs / name / "engine" / "engine.py", environment)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from forgetrain.gates.verdict import Verdict
+from forgetrain.judge.ledger import Ledger
+from forgetrain.train.verified import find_verdicts
+
+
+def adopt_aligned(ledger: Ledger, target: str, file: Path, environment: Mapping[str, Any]) -> str:
+    """Enters the aligned engine, and elects it where nobody is champion; returns its hash. ``target``: its key."""
+    digest = ledger.add_candidate(target, file.read_bytes(), proposer="align", message="equals the reference")
+    if ledger.champion(target) is None:
+        judging = ledger.begin_judging(
+            target, digest, environment=environment, purpose="aligned", id=f"aligned-{target}-{digest}"
+        )
+        for plain in find_verdicts(file, []) or []:
+            values = {key: value for key, value in plain.items() if key != "pass"}
+            ledger.add_verdict(judging, Verdict(passed=plain["pass"], **values))
+        ledger.end_judging(judging, passed=True, sandboxed=False)
+        ledger.elect(judging)
+    return digest

@@ -1,0 +1,52 @@
+"""What the ledger knows of a target's attempts, as the loop asks it; what it knows of their speed is in standing.py.
+``target`` is its key in the ledger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forgetrain.forge.proposers.base import Budget
+from forgetrain.judge.ledger import Ledger
+from forgetrain.spec.target import Search
+
+
+def outcomes(ledger: Ledger, target: str) -> list[dict[str, Any]]:
+    """The attempts in order, with what became of them."""
+    return ledger.query(
+        "SELECT a.*, c.message FROM attempts a LEFT JOIN candidates c ON c.hash = a.candidate AND c.target = a.target "
+        "WHERE a.target = ? AND a.proposer != 'align' ORDER BY a.number",
+        (target,),
+    )
+
+
+def judged(ledger: Ledger, target: str) -> set[str]:
+    """Candidates whose judging came to its end; one that a kill cut off may come again."""
+    rows = ledger.query(
+        "SELECT candidate FROM attempts WHERE target = ? AND outcome IN ('accepted', 'rejected')", (target,)
+    )
+    return {row["candidate"] for row in rows}
+
+
+def elections(ledger: Ledger, target: str) -> int:
+    """How many were elected, the aligned engine left out."""
+    return ledger.query("SELECT count(*) AS n FROM elections WHERE target = ?", (target,))[0]["n"] - 1
+
+
+def champion_before(ledger: Ledger, target: str, champion: str) -> str | None:
+    """Whose election stands beside this champion's, the latest."""
+    rows = ledger.query(
+        "SELECT candidate FROM elections WHERE target = ? AND candidate != ? "
+        "AND number NOT IN (SELECT election FROM depositions) ORDER BY number DESC LIMIT 1",
+        (target, champion),
+    )
+    return rows[0]["candidate"] if rows else None
+
+
+def budget_left(ledger: Ledger, target: str, limits: Search) -> Budget:
+    spent = ledger.spent(target)
+    return Budget(
+        limits.minutes - spent.seconds / 60,
+        limits.attempts - spent.attempts,
+        max(0.0, limits.dollars - spent.dollars),
+        max(0, limits.tokens - spent.tokens),
+    )
