@@ -65,7 +65,7 @@ def test_it_needs_no_network(forged):
 def test_before_the_first_attempt_there_is_the_aligned_engine(tmp_path):
     target = prepared(tmp_path)
     made = loop(target, tmp_path, Script([]))
-    with made._claimed():
+    with made.claimed():
         pass
     text = write_forge_report(target, made.ledger, tmp_path / "forge.html").read_text()
     assert "the aligned engine is champion" in text

@@ -1,4 +1,4 @@
-"""The aligned engine in the ledger: the first champion, with its verdicts G1 to G3.
+"""The aligned engine in the ledger: champion where no candidate is, with its verdicts G1 to G3.
 
 baseline = adopt_aligned(ledger, target, runs / name / "engine" / "engine.py", environment)
 """
@@ -15,15 +15,20 @@ from forgetrain.train.verified import find_verdicts
 
 
 def adopt_aligned(ledger: Ledger, target: str, file: Path, environment: Mapping[str, Any]) -> str:
-    """Enters the aligned engine, and elects it where nobody is champion; returns its hash. ``target``: its key."""
+    """Enters the aligned engine, and elects it where nobody is champion or an aligned engine of before is, for every
+    new golden record makes another file. Returns its hash. ``target``: its key."""
     digest = ledger.add_candidate(target, file.read_bytes(), proposer="align", message="equals the reference")
-    if ledger.champion(target) is None:
-        judging = ledger.begin_judging(
-            target, digest, environment=environment, purpose="aligned", id=f"aligned-{target}-{digest}"
-        )
+    champion = ledger.champion(target)
+    if champion is None or (champion["candidate"] != digest and _is_aligned(ledger, champion)):
+        judging = ledger.begin_judging(target, digest, environment=environment, purpose="aligned")
         for plain in find_verdicts(file, []) or []:
             values = {key: value for key, value in plain.items() if key != "pass"}
             ledger.add_verdict(judging, Verdict(passed=plain["pass"], **values))
         ledger.end_judging(judging, passed=True, sandboxed=False)
         ledger.elect(judging)
     return digest
+
+
+def _is_aligned(ledger: Ledger, election: Mapping[str, Any]) -> bool:
+    rows = ledger.query("SELECT purpose FROM judgings WHERE id = ?", (election["judging"],))
+    return rows[0]["purpose"] == "aligned"

@@ -28,8 +28,13 @@ def judged(ledger: Ledger, target: str) -> set[str]:
 
 
 def elections(ledger: Ledger, target: str) -> int:
-    """How many were elected, the aligned engine left out."""
-    return ledger.query("SELECT count(*) AS n FROM elections WHERE target = ?", (target,))[0]["n"] - 1
+    """How many candidates were elected."""
+    rows = ledger.query(
+        "SELECT count(*) AS n FROM elections e JOIN judgings j ON j.id = e.judging "
+        "WHERE e.target = ? AND j.purpose != 'aligned'",
+        (target,),
+    )
+    return rows[0]["n"]
 
 
 def champion_before(ledger: Ledger, target: str, champion: str) -> str | None:

@@ -97,7 +97,7 @@ class Loop:
         Raises:
             UserError: another loop works on this target, or the reference failed.
         """
-        with self._claimed():
+        with self.claimed():
             self._remember()
             before, ended = len(self._outcomes()), None
             while ended is None:
@@ -112,20 +112,20 @@ class Loop:
         Raises:
             UserError: a loop works on this target, or the reference failed.
         """
-        with self._claimed():
+        with self.claimed():
             id, began = self._begin(name)
             elected, reason = self._conclude(id, began, proposal, self.champion(), name)
             return self._verified(reason) if elected == "accepted" else self._outcome(reason)
 
     def replay(self, proposal: Proposal) -> LoopOutcome | None:
         """A candidate of the catalogue's kind, as ``submit``; None when it was judged before."""
-        with self._claimed():
+        with self.claimed():
             known = hashlib.sha256(proposal.source.encode()).hexdigest() in self._judged()
         return None if known else self.submit(proposal, self.catalogue.name)
 
     @contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """The target, for this loop alone, with its first champion."""
+    def claimed(self) -> Iterator[None]:
+        """The target, for this loop alone, with a champion."""
         with self.ledger.claim(self.target.name):
             for id in self.ledger.end_interrupted(self.key):
                 self.say(f"attempt {id[:8]} had been cut off; it counts")
@@ -136,6 +136,7 @@ class Loop:
     # What the ledger knows.
 
     def champion(self) -> Champion:
+        """To be asked where the target is claimed."""
         row = self.ledger.champion(self.key)
         assert row is not None
         gain = standing(self.ledger, self.key, self.environment).champion
@@ -292,7 +293,7 @@ class Loop:
 
     def brief(self) -> Brief:
         """What a proposer would be told now."""
-        with self._claimed():
+        with self.claimed():
             history = self._outcomes()
             notes = rung([how_it_ended(row) for row in history]).notes
             return self._brief(self.champion(), self._budget(), history, notes)
@@ -463,6 +464,7 @@ class Loop:
         folder = self.runs / self.target.name / "champion"
         if holds(folder, digest):
             shutil.rmtree(folder)
+        self._adopt_aligned()  # what stands now may be an aligned engine of before
         before = self.champion().digest
         whom = "the aligned engine" if before == self.baseline else before[:12]
         self.say(f"champion {digest[:12]} FAILED {failed.gate} when judged again and is deposed; {whom} is champion")

@@ -27,7 +27,8 @@ class Room:
 
     def champion(self) -> str:
         """The champion's source: what a candidate must beat, and a good place to begin."""
-        return self._loop.champion().source
+        with self._loop.claimed():
+            return self._loop.champion().source
 
     def submit(self, source: str, message: str) -> dict[str, Any]:
         """Judges a candidate through every gate and against the clock; it is elected if it is right and faster."""
@@ -48,7 +49,8 @@ class Room:
         """Where the champion's step spends its time: seconds of each op beside the least that the hardware allows, the
         one that loses the most first, and the costliest places in its file."""
         loop = self._loop
-        profile = loop.profile(loop.champion().digest)
+        with loop.claimed():
+            profile = loop.profile(loop.champion().digest)
         if profile is None:
             return {"error": "this loop has no profiler"}
         return {

@@ -63,7 +63,8 @@ def standing(ledger: Ledger, target: str, environment: Mapping[str, Any]) -> Sta
             if row["deposed"] is not None:
                 champions.pop()
         elif row["purpose"] == "aligned":
-            champions.append(1.0)
+            if row["elected"] is not None:
+                champions.append(1.0)
         else:
             champion = champions[-1] if champions else None
             gain = None if ratio is None or champion is None else ratio * champion

@@ -58,8 +58,8 @@ class _Evidence:
         self.standing = standing(ledger, key, self.environment)
         self.candidates = {row["hash"]: row for row in ledger.candidates(key)}
         self.attempts = self._attempts()
-        aligned = ledger.query("SELECT candidate FROM judgings WHERE target = ? AND purpose = 'aligned'", (key,))
-        self.aligned = aligned[0]["candidate"]
+        aligned = (row["candidate"] for row in reversed(rows) if row["purpose"] == "aligned")
+        self.aligned = next(aligned)  # the latest: every new golden record makes another file
 
     def values(self, champion: str) -> dict[str, Any]:
         """For the template."""
