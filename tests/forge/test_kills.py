@@ -120,7 +120,7 @@ def test_an_agent_that_is_killed_is_one_attempt_and_leaves_nothing(tmp_path, mon
     killer.start()
     run = loop(target, tmp_path, Agent(f"sh {tmp_path / 'agent.sh'} {number}"), Verdicts())
     # the ladder asks the catalogue after ten failures and stops after twenty; here every attempt is the agent's
-    monkeypatch.setattr(optimise, "rung", lambda _: Rung())
+    monkeypatch.setattr(optimise, "rung", lambda *_: Rung())
     outcome = run.run()
     killer.join(10)
     assert outcome.attempts == len(killed) == 20

@@ -274,6 +274,29 @@ def test_twenty_failures_stop_it_and_after_ten_the_catalogue_is_asked(tmp_path):
     assert any("ended the same way" in note for note in script.briefs[3].notes)
 
 
+def test_after_it_was_stuck_another_call_asks_its_proposer(tmp_path):
+    target = prepared(tmp_path)
+    loop(target, tmp_path, Script([f"bad {number}\n" for number in range(40)])).run()
+    script = Script(["speed = 2\n"])
+    outcome = loop(target, tmp_path, script).run()
+    assert (outcome.elections, outcome.ended) == (1, "nothing more")
+    assert "attempts in a row were not elected" in script.briefs[0].markdown()
+
+
+def test_what_others_submitted_does_not_count_against_a_call(tmp_path):
+    target = prepared(tmp_path)
+    submits = loop(target, tmp_path, Script([]))
+    for number in range(20):
+        submits.submit(Proposal(f"bad {number}\n", "mine"))
+    assert loop(target, tmp_path, Script(["speed = 2\n"])).run().elections == 1
+
+
+def test_races_that_are_lost_again_and_again_are_named(tmp_path):
+    script = Script([f"speed = 0.9{number}\n" for number in range(4)])
+    loop(prepared(tmp_path), tmp_path, script).run()
+    assert "ended the same way: rejected by G7" in script.briefs[3].markdown()
+
+
 def test_what_is_submitted_goes_the_same_way(tmp_path):
     target = prepared(tmp_path, attempts=1)
     assert loop(target, tmp_path, Script([])).submit(Proposal("bad\n", "mine")).ended == "rejected by G4"

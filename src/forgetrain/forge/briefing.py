@@ -12,7 +12,6 @@ from forgetrain.engine.plan import Plan
 from forgetrain.forge.outcome import Champion
 from forgetrain.forge.profile import Profile
 from forgetrain.forge.proposers.base import Attempt, Brief, Budget
-from forgetrain.forge.stuck import ELECTED
 from forgetrain.judge.ledger import Ledger
 from forgetrain.spec.target import Target
 
@@ -47,11 +46,6 @@ def write_brief(
         attempts=tuple(told),
         notes=notes,
     )
-
-
-def how_it_ended(attempt: dict[str, Any]) -> str:
-    """An attempt's outcome as ``stuck.rung`` reads it."""
-    return ELECTED if attempt["outcome"] == "accepted" else attempt["reason"]
 
 
 def plan_behind(ledger: Ledger, digest: str, key: str) -> Plan | None:

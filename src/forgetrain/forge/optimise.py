@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from forgetrain.forge.adopt import adopt_aligned
-from forgetrain.forge.briefing import how_it_ended, plan_behind, write_brief
+from forgetrain.forge.briefing import plan_behind, write_brief
 from forgetrain.forge.history import budget_left, champion_before, elections, judged, outcomes
 from forgetrain.forge.outcome import Champion, Judged, LoopOutcome
 from forgetrain.forge.profile import Profile, read_profile
@@ -87,6 +87,7 @@ class Loop:
         }
         self.first_failure: str | None = None
         self._attempt_began: tuple[str, float] | None = None
+        self._before = 0  # attempts before this call
         self._longest = 0.0  # seconds of an attempt
         self._speed: dict[str, Any] = {}  # of the last race
         self._verified_champions: dict[str, Judgement] = {}  # by this loop
@@ -99,11 +100,11 @@ class Loop:
         """
         with self.claimed():
             self._remember()
-            before, ended = len(self._outcomes()), None
+            self._before, ended = len(self._outcomes()), None
             while ended is None:
                 ended = self._attempt()
             self._attempt_began = None
-            return self._standing(ended) if len(self._outcomes()) == before else self._verified(ended)
+            return self._standing(ended) if len(self._outcomes()) == self._before else self._verified(ended)
 
     def submit(self, proposal: Proposal, name: str = "submit") -> LoopOutcome:
         """One candidate that a person or an agent brings, through the same gates; it counts as an attempt, but no
@@ -179,9 +180,10 @@ class Loop:
         if self.until is not None and time.monotonic() + self._longest > self.until:
             return "the time for searching is over"
         history = self._outcomes()
-        step = rung([how_it_ended(row) for row in history])
+        step = rung(history, self._before)
         if step.stop:
-            return f"stuck: {len(history)} attempts, none elected since long; last: {history[-1]['reason']}"
+            made = len(history) - self._before
+            return f"stuck: {made} attempts in this call, none elected since long; last: {history[-1]['reason']}"
         proposer = self.catalogue if step.catalogue else self.proposer
         if self.cluster is not None:
             return self._round(self.cluster, proposer, budget, step)
@@ -295,8 +297,7 @@ class Loop:
         """What a proposer would be told now."""
         with self.claimed():
             history = self._outcomes()
-            notes = rung([how_it_ended(row) for row in history]).notes
-            return self._brief(self.champion(), self._budget(), history, notes)
+            return self._brief(self.champion(), self._budget(), history, rung(history).notes)
 
     def _brief(self, parent: Champion, budget: Budget, history: list[dict[str, Any]], notes: tuple[str, ...]) -> Brief:
         plan, profile = plan_behind(self.ledger, parent.digest, self.key), self.profile(parent.digest)
