@@ -119,6 +119,21 @@ def test_of_a_hidden_gate_a_brief_tells_pass_or_fail_alone(tmp_path):
     assert "G7" in script.briefs[2].first_failure
 
 
+def test_nor_does_the_reason_why_a_hidden_gate_did_not_confirm(tmp_path):
+    class Replayed(Verdicts):
+        def judge(self, file, *, on_verdict, gates=None, **options):
+            if gates != ["G7"]:
+                return super().judge(file, on_verdict=on_verdict, gates=gates, **options)
+            verdict = Verdict("G7.replay", False, explanation="secret")
+            on_verdict(verdict)
+            return Judgement(sha256_file(Path(file)), [verdict], sandboxed=True)
+
+    script = Script(["speed = 2\n", "bad\n"])
+    loop(prepared(tmp_path), tmp_path, script, Replayed()).run()
+    assert "not confirmed by G7.replay" in script.briefs[1].markdown()
+    assert "secret" not in script.briefs[1].markdown()
+
+
 def test_a_brief_tells_where_the_champions_time_goes(tmp_path):
     target, profiled = prepared(tmp_path), []
 
@@ -235,6 +250,30 @@ def test_a_strangers_engine_that_no_sandbox_held_is_not_elected(tmp_path):
     assert loop(target, tmp_path, Script(["speed = 2\n"]), judge).run().elections == 0
     again = Script(["speed = 3\n"])
     assert loop(target, tmp_path, again, judge, allow_unsandboxed=True).run().elections == 1
+
+
+def test_an_engine_that_was_not_elected_for_want_of_a_sandbox_alone_may_come_again(tmp_path):
+    target, judge, mine = prepared(tmp_path), Verdicts(sandboxed=False), Proposal("speed = 2\n", "mine")
+    refused = loop(target, tmp_path, Script([]), judge).submit(mine)
+    assert "--allow-unsandboxed" in refused.ended
+    assert loop(target, tmp_path, Script([]), judge, allow_unsandboxed=True).submit(mine).elections == 1
+    again = loop(target, tmp_path, Script([]), judge, allow_unsandboxed=True).submit(mine)
+    assert again.ended == "was judged before"
+
+
+def test_so_may_one_whose_judging_was_cut_off_when_it_came_again(tmp_path):
+    target, mine = prepared(tmp_path), Proposal("speed = 2\n", "mine")
+    loop(target, tmp_path, Script([]), Verdicts(sandboxed=False)).submit(mine)
+
+    class CutOff(Verdicts):
+        def judge(self, file, **options):
+            if self.seen:  # in the confirmation
+                raise KeyboardInterrupt
+            return super().judge(file, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(target, tmp_path, Script([]), CutOff()).submit(mine)
+    assert loop(target, tmp_path, Script([])).submit(mine).elections == 1
 
 
 def test_budgets_survive_and_nothing_is_judged_twice(tmp_path):

@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from forgetrain.forge.proposers.base import Budget
 from forgetrain.judge.ledger import Ledger
 from forgetrain.spec.target import Search
+
+_DECIDED = """
+SELECT DISTINCT a.candidate, j.passed, j.environment, v.pass AS won,
+    EXISTS (SELECT 1 FROM elections WHERE target = a.target AND candidate = a.candidate) AS elected
+FROM attempts a
+LEFT JOIN judgings j ON j.number = (SELECT max(number) FROM judgings WHERE target = a.target
+    AND candidate = a.candidate AND sandboxed IS NOT NULL) -- it is unknown of one that was cut off
+LEFT JOIN verdicts v ON v.judging = j.id AND v.gate = 'G7'
+WHERE a.target = ? AND a.outcome IN ('accepted', 'rejected')
+"""
 
 
 def outcomes(ledger: Ledger, target: str) -> list[dict[str, Any]]:
@@ -19,12 +31,16 @@ def outcomes(ledger: Ledger, target: str) -> list[dict[str, Any]]:
     )
 
 
-def judged(ledger: Ledger, target: str) -> set[str]:
-    """Candidates whose judging came to its end; one that a kill cut off may come again."""
-    rows = ledger.query(
-        "SELECT candidate FROM attempts WHERE target = ? AND outcome IN ('accepted', 'rejected')", (target,)
-    )
-    return {row["candidate"] for row in rows}
+def judged(ledger: Ledger, target: str, environment: Mapping[str, Any]) -> set[str]:
+    """Candidates about whom everything is said. One whose judging a kill cut off may come again, and so may one that
+    passed and was not elected, for it was unsandboxed, and one that lost the race in another environment."""
+    decided = set()
+    for row in ledger.query(_DECIDED, (target,)):
+        elsewhere = row["environment"] is not None and json.loads(row["environment"]) != dict(environment)
+        again = (row["passed"] and not row["elected"]) or (row["won"] == 0 and elsewhere)
+        if not again:
+            decided.add(row["candidate"])
+    return decided
 
 
 def elections(ledger: Ledger, target: str) -> int:

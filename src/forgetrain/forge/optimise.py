@@ -161,7 +161,7 @@ class Loop:
             self.catalogue.tell(self._source(digest), gains.get(digest))
 
     def _judged(self) -> set[str]:
-        return {self.baseline, *judged(self.ledger, self.key)}
+        return {self.baseline, *judged(self.ledger, self.key, self.environment)}
 
     def _budget(self) -> Budget:
         return budget_left(self.ledger, self.key, self.target.search)
@@ -355,7 +355,8 @@ class Loop:
         confirmed, judging = self._through_gates(digest, champion, "confirmation", ["G7"])
         failed, detail = confirmed.first_failure(), confirmed.verdicts[-1].detail or {}
         if failed is not None:  # it may be slower now, or broken, or refused as impossible: its verdict says which
-            return "rejected", f"not confirmed by {failed.gate}: {failed.explanation}", detail.get("ratio")
+            why = f": {failed.explanation}" if failed.gate in OPEN_GATES else ""
+            return "rejected", f"not confirmed by {failed.gate}{why}", detail.get("ratio")
         self.ledger.elect(judging, ratio=detail["ratio"], low=detail["low"], high=detail["high"])
         self.first_failure = None
         return "accepted", f"elected, {detail['ratio']:.3f} times the champion", detail["ratio"]
