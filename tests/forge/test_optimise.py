@@ -81,6 +81,11 @@ def prepared(runs, **search):
     return target
 
 
+def another(target):
+    """A target of the same name, whose engine is the same."""
+    return target.model_copy(update={"recipe": target.recipe.model_copy(update={"lr": 5e-3})})
+
+
 def loop(target, runs, proposer, judge=None, **options):
     ledger = Ledger(runs / "ledger")
     catalogue = Catalogue(target, Plan.textbook())
@@ -179,6 +184,30 @@ def test_a_champion_that_passed_every_gate_again_before_the_first_attempt_does_n
     outcome = loop(target, tmp_path, Script(["speed = 1.5\n"]), judge).run()
     assert judge.seen[2:] == ["speed = 1.5\n"] * 3  # judged, confirmed, and as the new champion once more
     assert outcome.verified
+
+
+class Thorough(Verdicts):
+    """All gates are one more than the part of them."""
+
+    def judge(self, file, *, on_verdict, gates=None, **options):
+        found = super().judge(file, on_verdict=on_verdict, gates=gates, **options)
+        if gates is None and found.passed:
+            found.verdicts.append(Verdict("G5", True))
+            on_verdict(found.verdicts[-1])
+        return found
+
+
+def test_a_champion_s_folder_tells_of_its_own_target(tmp_path):
+    target, mine = prepared(tmp_path), Proposal("speed = 2\n", "mine")
+    loop(target, tmp_path, Script([]), Thorough()).submit(mine)
+    outcome = loop(another(target), tmp_path, Script([]), gates=["G4", "G7"]).submit(mine)
+    provenance = read_json(outcome.folder / "provenance.json", "")
+    assert provenance["target"]["recipe"]["lr"] == 5e-3
+    assert [verdict["gate"] for verdict in provenance["verdicts"]] == ["G4", "G7"]
+    # the first target's loop has nothing to attempt, and finds the folder of the other one
+    restored = loop(target, tmp_path, Script([]), Thorough()).run()
+    provenance = read_json(restored.folder / "provenance.json", "")
+    assert provenance["target"]["recipe"]["lr"] == target.recipe.lr
 
 
 @dataclass

@@ -136,6 +136,28 @@ def test_a_verification_that_was_cut_off_comes_again(tmp_path):
     assert run.ledger.query("SELECT * FROM depositions") == []
 
 
+def test_a_champion_that_failed_once_and_was_cut_off_in_its_second_race_is_not_verified(tmp_path):
+    loop(prepared(tmp_path, verify_every=3, attempts=2), tmp_path, Script([FAST, "bad\n"])).run()
+
+    class CutOff(Turncoat):
+        def judge(self, file, **options):
+            if self.seen.count(FAST) == 1:
+                raise KeyboardInterrupt
+            return super().judge(file, **options)
+
+    target = prepared(tmp_path, verify_every=3, attempts=9)
+    with pytest.raises(KeyboardInterrupt):
+        loop(target, tmp_path, Script(failing(5)), CutOff(FAST, gate="G7", after=0)).run()
+    spent, judge, lines = prepared(tmp_path, verify_every=3, attempts=1), Verdicts(), []
+    outcome = loop(spent, tmp_path, Script([]), judge).run()
+    assert judge.seen == [FAST]
+    assert outcome.verified
+    with pytest.raises(KeyboardInterrupt):
+        loop(target, tmp_path, Script(failing(5)), CutOff(FAST, gate="G7", after=0)).run()
+    loop(target, tmp_path, Script([]), Verdicts(), say=lines.append).run()
+    assert any(line.startswith("the champion failed when it was judged last") for line in lines)
+
+
 def test_an_engine_that_was_changed_in_the_ledger_is_not_judged_in_its_place(tmp_path):
     target = prepared(tmp_path)
     run = loop(target, tmp_path, Script([FAST]))

@@ -54,6 +54,14 @@ def test_what_goes_in_comes_out(ledger):
     assert [row["hash"] for row in ledger.lineage(second)] == [second, first]
 
 
+def test_verdicts_are_told_of_one_target_where_it_is_named(ledger):
+    targets = [ledger.add_target(tiny_target(name)) for name in ("minicpm5", "tied")]
+    same = [judged(ledger, target, b"same", passed=target == targets[0])[0] for target in targets]
+    assert len(ledger.verdicts(same[0])) == 2
+    for target in targets:
+        assert [verdict["pass"] for verdict in ledger.verdicts(same[0], target)] == [target == targets[0]]
+
+
 def test_repeating_every_call_counts_nothing_twice(ledger):
     target = ledger.add_target(tiny_target())
     for _ in range(2):

@@ -8,11 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 from forgetrain.cli import report
+from forgetrain.cli.judge import keep
 from forgetrain.errors import UserError
 from forgetrain.forge.profile import Profile
+from forgetrain.forge.proposers.base import Proposal
 from forgetrain.judge.ledger import Ledger
 from forgetrain.report.forge import write_forge_report
-from tests.forge.test_optimise import Script, loop, prepared
+from tests.forge.test_optimise import Script, Verdicts, loop, prepared
 from tests.report.browser import look, needs_a_browser
 
 PROFILE = Profile(
@@ -91,6 +93,24 @@ def test_the_command_writes_it_beside_the_run(forged, tmp_path, monkeypatch):
         CliRunner().invoke(
             app, ["x.toml", "--runs", str(runs), "--out", str(runs / "no" / "x.html")], catch_exceptions=False
         )
+
+
+def test_what_somebody_judged_by_hand_is_no_part_of_the_forging(tmp_path):
+    target = prepared(tmp_path, attempts=1)
+    made = loop(target, tmp_path, Script(["speed = 1.5\n"]))
+    folder = made.run().folder
+
+    def told():
+        return re.sub(r"plot-\d+", "", write_forge_report(target, made.ledger, tmp_path / "forge.html").read_text())
+
+    before = told()
+    against_nobody = Verdicts().judge(folder / "engine.py", on_verdict=lambda verdict: None)
+    keep(tmp_path, target, folder / "engine.py", against_nobody)
+    assert told() == before
+    judge = Verdicts()
+    assert loop(target, tmp_path, Script([]), judge).run().gain == pytest.approx(1.5)
+    assert judge.seen == []  # nor does it make the loop verify anybody
+    assert loop(target, tmp_path, Script([]), judge).submit(Proposal("speed = 1.5\n", "")).ended == "was judged before"
 
 
 @needs_a_browser

@@ -138,7 +138,7 @@ def keep(runs: Path, target: Target, file: Path, judgement: Judgement) -> None:
         if candidate != judgement.candidate:
             return  # the file changed while it was judged: what was judged is not there any more
         environment = fingerprint(device=target.hardware.device, threads=target.hardware.threads)
-        judging = ledger.begin_judging(key, candidate, environment=environment)
+        judging = ledger.begin_judging(key, candidate, environment=environment, purpose="hand")
         for verdict in judgement.verdicts:
             ledger.add_verdict(judging, verdict)
         ledger.add_samples(judging, judgement.samples)

@@ -16,7 +16,7 @@ SELECT DISTINCT a.candidate, j.passed, j.environment, v.pass AS won,
     EXISTS (SELECT 1 FROM elections WHERE target = a.target AND candidate = a.candidate) AS elected
 FROM attempts a
 LEFT JOIN judgings j ON j.number = (SELECT max(number) FROM judgings WHERE target = a.target
-    AND candidate = a.candidate AND sandboxed IS NOT NULL) -- it is unknown of one that was cut off
+    AND candidate = a.candidate AND purpose != 'hand' AND sandboxed IS NOT NULL) -- unknown of one that was cut off
 LEFT JOIN verdicts v ON v.judging = j.id AND v.gate = 'G7'
 WHERE a.target = ? AND a.outcome IN ('accepted', 'rejected')
 """

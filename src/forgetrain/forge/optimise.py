@@ -263,8 +263,11 @@ class Loop:
 
     def _doubt(self, champion: str) -> str | None:
         """Why what the ledger has of a champion is not enough here, or None."""
-        if self.gates is None and not passed_all_gates(self.ledger, self.key, champion):
-            return "the champion was elected by a part of the gates"
+        passed = passed_all_gates(self.ledger, self.key, champion)
+        if self.gates is None and not passed:
+            # who fails is deposed, unless the loop was killed before its second race
+            failed = "failed when it was judged last, and nothing came of it"
+            return f"the champion {'was elected by a part of the gates' if passed is None else failed}"
         change = moved(self.ledger, self.key, champion, self.environment)
         return change and f"the champion's times are from elsewhere ({change}) and count no more"
 
@@ -415,7 +418,7 @@ class Loop:
         """The same where nothing was attempted: a champion that lies there as it passed every gate again, on this
         machine, does not have to once more."""
         champion, folder = self.champion().digest, self.runs / self.target.name / "champion"
-        if self.gates is not None or not holds(folder, champion) or self._doubt(champion):
+        if self.gates is not None or not holds(folder, champion, self.key) or self._doubt(champion):
             return self._verified(ended)
         outcome = self._outcome(ended)
         outcome.folder, outcome.verified = folder, True
@@ -425,8 +428,8 @@ class Loop:
         """The outcome with the champion as a part of the gates elected it, written out unless it lies there."""
         outcome, folder = self._outcome(ended), self.runs / self.target.name / "champion"
         outcome.folder = folder
-        if not holds(folder, outcome.champion):
-            latest = {verdict["gate"]: verdict for verdict in self.ledger.verdicts(outcome.champion)}
+        if not holds(folder, outcome.champion, self.key):
+            latest = {verdict["gate"]: verdict for verdict in self.ledger.verdicts(outcome.champion, self.key)}
             verdicts = [{**verdict, "pass": bool(verdict["pass"])} for verdict in latest.values()]
             outcome.verification = {"speed": self._speed, "verdicts": verdicts}
             self._write(outcome)
@@ -464,7 +467,7 @@ class Loop:
         """The election is taken back, and so is the folder that was written for it; the ledger keeps the engine."""
         self.ledger.depose(judging)
         folder = self.runs / self.target.name / "champion"
-        if holds(folder, digest):
+        if holds(folder, digest, self.key):
             shutil.rmtree(folder)
         self._adopt_aligned()  # what stands now may be an aligned engine of before
         before = self.champion().digest

@@ -16,7 +16,7 @@ from typing import Any
 
 from forgetrain.durable import new_folder, read_json, sha256_file, write_json
 from forgetrain.forge.align import ORIGIN
-from forgetrain.judge.ledger import Ledger
+from forgetrain.judge.ledger import Ledger, key_of_plain
 from forgetrain.spec.target import Target
 from forgetrain.train.verified import find_verdicts
 
@@ -51,10 +51,13 @@ def write_champion(
     return run / "champion"
 
 
-def holds(folder: Path, digest: str) -> bool:
-    """Whether a champion's folder is there, and its engine has this hash."""
-    file = folder / "engine.py"
-    return file.is_file() and sha256_file(file) == digest
+def holds(folder: Path, digest: str, key: str) -> bool:
+    """Whether a champion's folder is there, its engine has this hash, and what it tells is of the target with this
+    key: one of the same name may have the same champion, but its verdicts and speed are its own."""
+    file, provenance = folder / "engine.py", folder / "provenance.json"
+    if not (file.is_file() and provenance.is_file() and sha256_file(file) == digest):
+        return False
+    return key_of_plain(read_json(provenance, f"remove {folder}").get("target", {})) == key
 
 
 def _write_aligned(engine: Path, folder: Path, common: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ room.verdicts("5f1c")              # of hidden gates pass or fail alone
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from forgetrain.errors import UserError
@@ -33,8 +34,8 @@ class Room:
     def submit(self, source: str, message: str) -> dict[str, Any]:
         """Judges a candidate through every gate and against the clock; it is elected if it is right and faster."""
         outcome = self._loop.submit(Proposal(source, " ".join(message.split())[:500]), self._name)
-        row = self._loop.ledger.query("SELECT candidate FROM attempts ORDER BY number DESC LIMIT 1")[0]
-        return {"outcome": outcome.ended, "candidate": row["candidate"], **self.verdicts(row["candidate"])}
+        candidate = hashlib.sha256(source.encode()).hexdigest()
+        return {"outcome": outcome.ended, "candidate": candidate, **self.verdicts(candidate)}
 
     def verdicts(self, candidate: str) -> dict[str, Any]:
         """Every verdict on a candidate, by its hash or how that begins."""
@@ -43,7 +44,7 @@ class Room:
             digest = ledger.candidate(candidate, self._loop.key)["hash"]
         except UserError as error:
             return {"error": error.problem}
-        return {"verdicts": [_told(verdict) for verdict in ledger.verdicts(digest)]}
+        return {"verdicts": [_told(verdict) for verdict in ledger.verdicts(digest, self._loop.key)]}
 
     def profile(self) -> dict[str, Any]:
         """Where the champion's step spends its time: seconds of each op beside the least that the hardware allows, the

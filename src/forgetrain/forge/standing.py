@@ -17,7 +17,7 @@ FROM judgings j
 LEFT JOIN verdicts v ON v.judging = j.id AND v.gate = 'G7'
 LEFT JOIN elections e ON e.judging = j.id
 LEFT JOIN depositions d ON d.judging = j.id
-WHERE j.target = ? ORDER BY j.number
+WHERE j.target = ? AND j.purpose != 'hand' ORDER BY j.number
 """
 _INTERVAL = ("ratio", "low", "high")
 
@@ -85,7 +85,8 @@ def moved(ledger: Ledger, target: str, candidate: str, environment: Mapping[str,
     """What of the environment has changed since the candidate was last raced, in words, or None."""
     rows = ledger.query(
         "SELECT j.environment FROM judgings j JOIN verdicts v ON v.judging = j.id AND v.gate = 'G7' "
-        "WHERE j.target = ? AND j.candidate = ? AND j.sandboxed IS NOT NULL ORDER BY j.number DESC LIMIT 1",
+        "WHERE j.target = ? AND j.candidate = ? AND j.purpose != 'hand' AND j.sandboxed IS NOT NULL "
+        "ORDER BY j.number DESC LIMIT 1",
         (target, candidate),
     )
     there = json.loads(rows[0]["environment"]) if rows else {}
@@ -106,11 +107,11 @@ def attempts_since_verification(ledger: Ledger, target: str) -> int:
     return rows[0]["n"]
 
 
-def passed_all_gates(ledger: Ledger, target: str, candidate: str) -> bool:
-    """Whether the candidate has passed a judging by every gate."""
+def passed_all_gates(ledger: Ledger, target: str, candidate: str) -> bool | None:
+    """Whether the candidate passed when it was last judged by every gate, to the end; None when it never was."""
     rows = ledger.query(
-        "SELECT 1 FROM judgings WHERE target = ? AND candidate = ? AND passed AND purpose IN ('gates', 'verification') "
-        "LIMIT 1",
+        "SELECT passed FROM judgings WHERE target = ? AND candidate = ? AND purpose IN ('gates', 'verification') "
+        "AND sandboxed IS NOT NULL ORDER BY number DESC LIMIT 1",
         (target, candidate),
     )
-    return bool(rows)
+    return bool(rows[0]["passed"]) if rows else None

@@ -56,11 +56,16 @@ class Spent:
 def target_key(target: Target) -> str:
     """The hash of all that a target's engines depend on, so that a larger budget for the search goes on with the same
     attempts."""
-    return hashlib.sha256(_described(target).encode()).hexdigest()
+    return key_of_plain(target.plain())
 
 
-def _described(target: Target) -> str:
-    sections = {name: value for name, value in target.plain().items() if name not in ("search", "train")}
+def key_of_plain(plain: Mapping[str, Any]) -> str:
+    """The same, of a target as a provenance has it."""
+    return hashlib.sha256(_described(plain).encode()).hexdigest()
+
+
+def _described(plain: Mapping[str, Any]) -> str:
+    sections = {name: value for name, value in plain.items() if name not in ("search", "train")}
     return json.dumps(sections, sort_keys=True)
 
 
@@ -176,7 +181,7 @@ class Ledger:
 
     def add_target(self, target: Target) -> str:
         """Returns the target's key."""
-        key, plain = target_key(target), _described(target)
+        key, plain = target_key(target), _described(target.plain())
         with self._transaction() as db:
             db.execute("INSERT OR IGNORE INTO targets VALUES (?, ?, ?, ?)", (key, target.name, plain, time.time()))
         return key
@@ -249,8 +254,8 @@ class Ledger:
         purpose: str = "gates",
         id: str | None = None,
     ) -> str:
-        """``purpose``: gates, part (of the gates), confirmation, verification of the champion again, or aligned.
-        Returns the judging's id."""
+        """``purpose``: gates, part (of the gates), confirmation, verification of the champion again, aligned, or hand
+        (``forgetrain judge``: no part of the forging). Returns the judging's id."""
         key = id or uuid.uuid4().hex
         row = (key, target, candidate, purpose, json.dumps(dict(environment)), time.time())
         with self._transaction() as db:
@@ -389,12 +394,12 @@ class Ledger:
             (target,),
         )
 
-    def verdicts(self, candidate: str) -> list[dict[str, Any]]:
-        """All verdicts of a candidate, oldest judging first."""
+    def verdicts(self, candidate: str, target: str | None = None) -> list[dict[str, Any]]:
+        """All verdicts of a candidate, for this target where one is named, oldest judging first."""
         rows = self.query(
-            "SELECT v.*, j.purpose FROM verdicts v JOIN judgings j ON j.id = v.judging WHERE j.candidate = ? "
-            "ORDER BY j.number, v.gate",
-            (candidate,),
+            "SELECT v.*, j.purpose FROM verdicts v JOIN judgings j ON j.id = v.judging "
+            "WHERE j.candidate = ?1 AND (?2 IS NULL OR j.target = ?2) ORDER BY j.number, v.gate",
+            (candidate, target),
         )
         return [{**row, "detail": json.loads(row["detail"])} for row in rows]
 

@@ -52,7 +52,7 @@ class _Evidence:
 
     def __init__(self, target: Target, ledger: Ledger, key: str):
         self.target, self.ledger, self.key = target, ledger, key
-        rows = ledger.query("SELECT * FROM judgings WHERE target = ? ORDER BY number", (key,))
+        rows = ledger.query("SELECT * FROM judgings WHERE target = ? AND purpose != 'hand' ORDER BY number", (key,))
         self.judgings = rows
         self.environment: dict[str, Any] = json.loads(rows[-1]["environment"])
         self.standing = standing(ledger, key, self.environment)
@@ -161,7 +161,7 @@ class _Evidence:
             first.setdefault(attempt["candidate"], attempt["number"])
         rows = self.ledger.query(
             "SELECT j.candidate, v.gate, v.pass, v.explanation FROM verdicts v JOIN judgings j ON j.id = v.judging "
-            "WHERE j.target = ? ORDER BY j.number",
+            "WHERE j.target = ? AND j.purpose != 'hand' ORDER BY j.number",
             (self.key,),
         )
         cells = {
@@ -176,6 +176,7 @@ class _Evidence:
         rows = self.ledger.query(
             "SELECT s.judging, s.block, sum(s.seconds) AS seconds, count(*) AS steps FROM samples s "
             "JOIN judgings j ON j.id = s.judging WHERE j.target = ? AND j.candidate = ? AND s.engine = 'candidate' "
+            "AND j.purpose != 'hand' "
             "GROUP BY s.judging, s.block ORDER BY j.number",
             (self.key, champion),
         )
