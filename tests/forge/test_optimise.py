@@ -317,6 +317,17 @@ def test_budgets_survive_and_nothing_is_judged_twice(tmp_path):
     assert judge.seen.count("bad 1\n") == 1
 
 
+def test_a_loop_that_goes_on_gives_the_catalogue_its_plans_back(tmp_path):
+    target = prepared(tmp_path, attempts=3)
+    first = loop(target, tmp_path, Script([]))
+    first.proposer = first.catalogue
+    first.run()
+    again, told = loop(target, tmp_path, Script([])), []
+    again.catalogue.tell = lambda source, ratio, plan: told.append((ratio, plan))
+    again.run()
+    assert sum(plan is not None and plan["schedule"] == "production" for _, plan in told) == 3
+
+
 def test_a_candidate_whose_judging_was_cut_off_is_judged_again(tmp_path):
     target = prepared(tmp_path)
 

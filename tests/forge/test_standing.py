@@ -15,12 +15,12 @@ def test_a_loop_that_goes_on_tells_the_catalogue_what_it_told_before(tmp_path, m
     target = prepared(tmp_path)
     first = loop(target, tmp_path, Script(["speed = 1.2\n", "speed = 1.1\n", "bad\n", "speed = 1.5\n"]))
     live = {}
-    first.catalogue.tell = live.__setitem__
+    first.catalogue.tell = lambda source, ratio, plan: live.__setitem__(source, ratio)
     outcome = first.run()
     assert outcome.elections == 2
     again = loop(target, tmp_path, Script([]))
     told = {}
-    again.catalogue.tell = told.__setitem__
+    again.catalogue.tell = lambda source, ratio, plan: told.__setitem__(source, ratio)
     again.run()
     aligned = again._source(again.baseline)
     assert told.pop(aligned) is None

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from forgetrain.engine.plan import Plan
+from forgetrain.errors import UserError
 from forgetrain.forge.outcome import Champion
 from forgetrain.forge.profile import Profile
 from forgetrain.forge.proposers.base import Attempt, Brief, Budget
@@ -49,6 +50,12 @@ def write_brief(
 
 
 def plan_behind(ledger: Ledger, digest: str, key: str) -> Plan | None:
-    """The plan that a candidate was written from, where it was."""
+    """The plan that a candidate was written from, where it was, and where every choice in it still exists."""
     files = ledger.candidate(digest, key)["files"]
-    return Plan.read(ledger.files.path(files["plan.toml"])) if "plan.toml" in files else None
+    if "plan.toml" not in files:
+        return None
+    path = ledger.files.path(files["plan.toml"])
+    try:
+        return Plan.read(path)
+    except UserError:  # an older version's
+        return None

@@ -157,8 +157,13 @@ class Loop:
     def _remember(self) -> None:
         """Tells the catalogue what the ledger knows, so that it proposes nothing twice and builds on what helped."""
         gains = standing(self.ledger, self.key, self.environment).gains
+        rows = self.ledger.query("SELECT candidate FROM elections WHERE target = ?", (self.key,))
+        elected = {row["candidate"] for row in rows}
         for digest in sorted(self._judged()):
-            self.catalogue.tell(self._source(digest), gains.get(digest))
+            gain = gains.get(digest)
+            # one that was elected in another environment is no failure, only its speed here is not known
+            plan = None if gain is None and digest in elected else plan_behind(self.ledger, digest, self.key)
+            self.catalogue.tell(self._source(digest), gain, plan)
 
     def _judged(self) -> set[str]:
         return {self.baseline, *judged(self.ledger, self.key, self.environment)}
@@ -287,7 +292,7 @@ class Loop:
         seconds = (time.monotonic() - began) / (1 if judged is None else judged.together)
         self._longest = max(self._longest, seconds)
         self.ledger.end_attempt(id, outcome, reason=reason, seconds=seconds)
-        self.catalogue.tell(proposal.source, None if ratio is None else ratio * against)
+        self.catalogue.tell(proposal.source, None if ratio is None else ratio * against, proposal.plan)
         number = [row["id"] for row in self._outcomes()].index(id) + 1
         self.say(f"attempt {number}, {name}: {proposal.message}: {reason} ({seconds:.0f} s)")
         return outcome, reason

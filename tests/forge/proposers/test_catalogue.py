@@ -34,6 +34,44 @@ def test_what_the_ledger_knows_is_not_proposed_again():
     assert second.source != first.source
 
 
+def test_what_others_wrote_is_none_of_its_plans():
+    catalogue = Catalogue(on_a_gpu(model={"qk_norm": True}), Plan.textbook())  # few plans
+    for number in range(catalogue.size):
+        catalogue.tell(f"agent = {number}\n", None)
+    seen = 0
+    while isinstance(proposal := catalogue.propose(brief()), Proposal):
+        seen += 1
+        catalogue.tell(proposal.source, 1.0)
+    assert isinstance(proposal, NoProposal)
+    assert (seen, proposal.reason) == (catalogue.size, "every plan of the catalogue was proposed")
+
+
+def test_a_resumed_search_builds_on_what_the_ledger_has_plans_of():
+    first = Catalogue(tiny_target(), Plan.textbook())
+    told = []
+    for number in range(6):
+        proposal = first.propose(brief())
+        assert isinstance(proposal, Proposal)
+        told.append((proposal.source, None if number == 3 else 1 + number / 10, proposal.plan))
+        first.tell(*told[-1])
+    resumed = Catalogue(tiny_target(), Plan.textbook())
+    for _ in range(2):  # what it knows already teaches it nothing
+        for known in told:
+            resumed.tell(*known)
+    done = [trial for trial in resumed._study.trials if trial.state.is_finished()]
+    assert [trial.value for trial in done] == [1.0, 1.1, 1.2, None, 1.4, 1.5]
+    assert [trial.params for trial in done] == [trial.params for trial in first._study.trials]
+    following = resumed.propose(brief())
+    assert isinstance(following, Proposal)
+    assert following.source not in {source for source, _, _ in told}
+
+
+def test_a_plan_of_another_schedule_teaches_it_nothing():
+    catalogue = Catalogue(tiny_target(), Plan.textbook())
+    catalogue.tell("aligned = 1\n", 1.0, Plan.textbook())
+    assert not [trial for trial in catalogue._study.trials if trial.state.is_finished()]
+
+
 def test_the_order_is_repeatable():
     orders = []
     for _ in range(2):

@@ -4,11 +4,12 @@ Its first candidate is the target's schedule itself: the hopper schedule on a Ho
 model, with the libraries that are installed; else the production schedule. Where a champion was profiled, the choices
 come next of the op that loses the most time to its roofline, one by one around the champion's plan. After that TPE
 draws, told of each verdict: a rejected plan is pruned, a clocked one counts by its speed. A loop that was killed tells
-it of the attempts in its ledger, so that none is proposed again.
+it of the attempts in its ledger, so that none is proposed again, and the search goes on from what their plans taught.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import warnings
@@ -46,7 +47,9 @@ class Catalogue:
             sampler = optuna.samplers.TPESampler(seed=seed % 2**32, n_startup_trials=4, multivariate=True)
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
         self._study.enqueue_trial({key: self._start[key] for key in self._keys})
-        self._asked: dict[str, optuna.trial.Trial | None] = {}
+        self._asked: dict[str, optuna.trial.Trial | None] = {}  # what was tried, by whomever; a trial until it is told
+        self._drawn: set[str] = set()  # this catalogue's own engines
+        self._write = functools.cache(lambda plan: write_engine(target, plan))  # TPE draws many a plan again
         self._seeded: set[tuple[str, str]] = set()  # champions, and the op whose sizes were put first for them
 
     def propose(self, brief: Brief) -> Proposal | NoProposal:
@@ -57,17 +60,18 @@ class Catalogue:
             plan = self._start
             for key in self._keys:
                 plan = plan.with_choice(key, trial.params[key])
-            source = write_engine(self._target, plan)
+            source = self._write(plan)
             identity = source_hash(source)
+            self._drawn.add(identity)
             if identity in self._asked or source == brief.champion:
                 self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 self._asked.setdefault(identity, None)
-                if len(self._asked) >= self.size:
-                    break
+                if len(self._drawn) >= self.size:
+                    return NoProposal("every plan of the catalogue was proposed", exhausted=True)
                 continue
             self._asked[identity] = trial
             return Proposal(source, f"{plan['schedule']} schedule: {self._words(plan)}", plan)
-        return NoProposal("every plan of the catalogue was proposed", exhausted=True)
+        return NoProposal("the catalogue draws no plan that was not tried", exhausted=True)
 
     def _words(self, plan: Plan) -> str:
         """What was chosen; of the many ranks of products, those that are not cuBLASLt's own guess."""
@@ -88,17 +92,25 @@ class Catalogue:
                 if name != brief.plan[key]:
                     self._study.enqueue_trial({**{k: brief.plan[k] for k in self._keys}, key: name})
 
-    def tell(self, source: str, ratio: float | None) -> None:
-        """What became of a proposal: its speed against the baseline, or None when it was rejected."""
+    def tell(self, source: str, ratio: float | None, plan: Plan | None = None) -> None:
+        """What became of a candidate: its speed against the baseline, or None when it was rejected. ``plan``: what it
+        was written from, where that is known; an earlier process may have proposed it."""
         identity = source_hash(source)
+        state = optuna.trial.TrialState.PRUNED if ratio is None else optuna.trial.TrialState.COMPLETE
         trial = self._asked.get(identity)
-        if trial is None:
-            self._asked.setdefault(identity, None)
-        elif ratio is None:
-            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-        else:
-            self._study.tell(trial, ratio)
+        if trial is not None:
+            self._study.tell(trial, ratio, state)
+        elif identity not in self._asked and plan is not None and self._offers(plan):
+            params = {key: plan[key] for key in self._keys}
+            self._study.add_trial(
+                optuna.trial.create_trial(state=state, value=ratio, params=params, distributions=self._distributions)
+            )
         self._asked[identity] = None
+
+    def _offers(self, plan: Plan) -> bool:
+        """Whether a plan is of this catalogue's schedule and libraries."""
+        schedule = plan["schedule"] == self._start["schedule"]
+        return schedule and all(plan[key] in names for key, names in self._options.items())
 
     @property
     def size(self) -> int:
