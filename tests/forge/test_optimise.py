@@ -16,7 +16,7 @@ from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.forge.optimise import Loop
 from forgetrain.forge.profile import Profile
-from forgetrain.forge.proposers.base import NoProposal, Proposal
+from forgetrain.forge.proposers.base import Cost, NoProposal, Proposal
 from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.ledger import Ledger
@@ -245,6 +245,27 @@ def test_attempts_of_a_round_are_judged_at_once_and_must_beat_who_was_elected_me
         "was judged before",
     ]
     assert lines[5].startswith("attempt 5, script: tries speed = 2: elected, 1.333 times the champion")
+
+
+def test_each_request_of_a_round_is_told_what_the_ones_before_it_left(tmp_path):
+    class Dear:
+        """Every answer costs 900 tokens and as many dollars."""
+
+        name = "dear"
+
+        def __init__(self):
+            self.left = []
+
+        def propose(self, brief):
+            self.left.append((brief.budget.tokens, brief.budget.attempts))
+            return Proposal(f"bad {len(self.left)}\n", "m", cost=Cost(900, 0.9))
+
+    dear, cluster = Dear(), Together(slots=4)
+    target = prepared(tmp_path, tokens=2000, dollars=2.0, attempts=5)
+    outcome = loop(target, tmp_path, dear, cluster=cluster).run()
+    assert dear.left == [(2000, 5), (1100, 4), (200, 3)]  # then the dollars are spent
+    assert cluster.rounds == [3]
+    assert outcome.ended == "2 dollars are spent"
 
 
 def test_what_a_round_had_cost_counts_once(tmp_path):

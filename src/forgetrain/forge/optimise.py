@@ -30,6 +30,7 @@ from forgetrain.forge.proposers.base import Brief, Budget, NoProposal, Proposal,
 from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.forge.provenance import holds, write_champion
 from forgetrain.forge.refs import keep_commit
+from forgetrain.forge.spending import spending
 from forgetrain.forge.standing import attempts_since_verification, moved, passed_all_gates, standing
 from forgetrain.forge.stuck import Rung, rung
 from forgetrain.gates.verdict import Verdict
@@ -173,8 +174,8 @@ class Loop:
 
     # One attempt.
 
-    def _attempt(self) -> str | None:
-        """One attempt; why the loop ends, or None to go on."""
+    def _spent(self) -> str | None:
+        """Which part of the budget is spent, or None."""
         budget = self._budget()
         if budget.minutes <= 0:
             return f"{self.target.search.minutes:g} minutes are spent"
@@ -182,6 +183,12 @@ class Loop:
             return f"{self.target.search.attempts} attempts are made"
         if self.target.search.dollars > 0 and budget.dollars <= 0:
             return f"{self.target.search.dollars:g} dollars are spent"
+        return None
+
+    def _attempt(self) -> str | None:
+        """One attempt; why the loop ends, or None to go on."""
+        if (spent := self._spent()) is not None:
+            return spent
         if self.until is not None and time.monotonic() + self._longest > self.until:
             return "the time for searching is over"
         history = self._outcomes()
@@ -191,38 +198,40 @@ class Loop:
             return f"stuck: {made} attempts in this call, none elected since long; last: {history[-1]['reason']}"
         proposer = self.catalogue if step.catalogue else self.proposer
         if self.cluster is not None:
-            return self._round(self.cluster, proposer, budget, step)
-        asked = self._ask(proposer, budget, step)
+            return self._round(self.cluster, proposer, step)
+        asked = self._ask(proposer, step)
         if isinstance(asked, NoProposal):
             return asked.reason if asked.exhausted else None
         self._conclude(*asked, proposer.name)
         return None
 
-    def _ask(
-        self, proposer: Proposer, budget: Budget, step: Rung
-    ) -> tuple[str, float, Proposal, Champion] | NoProposal:
+    def _ask(self, proposer: Proposer, step: Rung) -> tuple[str, float, Proposal, Champion] | NoProposal:
         """Begins an attempt: its id, when it began, what was proposed and from which parent; or an attempt that has
         ended with nothing."""
+        budget = self._budget()  # this attempt is still in it
         id, began = self._begin(proposer.name)
         history, champion = self._outcomes(), self.champion()
         parent = self._other_parent(champion) if step.other_parent else champion
         before = [row for row in history if row["id"] != id]
         brief = self._brief(parent, budget, before, step.notes)
-        answer = proposer.propose(brief)
-        self.ledger.spend(id, seconds=time.monotonic() - began, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
+        with spending(self.ledger, id, began):
+            answer = proposer.propose(brief)
+        self.ledger.spend(id, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
         if isinstance(answer, NoProposal):
             self.ledger.end_attempt(id, "failed", reason=answer.reason, seconds=time.monotonic() - began)
             self.say(f"attempt {len(history)}, {proposer.name}: nothing: {answer.reason}")
             return answer
         return id, began, answer, parent
 
-    def _round(self, cluster: Cluster, proposer: Proposer, budget: Budget, step: Rung) -> str | None:
+    def _round(self, cluster: Cluster, proposer: Proposer, step: Rung) -> str | None:
         """Several attempts whose candidates are judged at once, against the champion of now. They end in the order in
         which they were proposed; one that is elected is whom the next ones must beat when they are confirmed."""
         asked: list[tuple[str, float, Proposal, Champion]] = []
         ended = None
-        for _ in range(min(cluster.slots, budget.attempts)):
-            answer = self._ask(proposer, budget, step)
+        for _ in range(cluster.slots):
+            if self._spent() is not None:  # by the ones before it
+                break
+            answer = self._ask(proposer, step)
             if isinstance(answer, NoProposal):
                 ended = answer.reason if answer.exhausted else None
                 break
