@@ -151,9 +151,7 @@ class Loop:
         return outcomes(self.ledger, self.key)
 
     def _adopt_aligned(self) -> None:
-        file = self.runs / self.target.name / "engine" / "engine.py"
-        self.baseline = adopt_aligned(self.ledger, self.key, file, self.environment)
-        keep_commit(self.runs, self.target.name, self.baseline, self._source(self.baseline), "aligned engine")
+        self.baseline = adopt_aligned(self.ledger, self.key, self.runs / self.target.name, self.environment)
 
     def _remember(self) -> None:
         """Tells the catalogue what the ledger knows, so that it proposes nothing twice and builds on what helped."""
@@ -216,7 +214,7 @@ class Loop:
         brief = self._brief(parent, budget, before, step.notes)
         with spending(self.ledger, id, began):
             answer = proposer.propose(brief)
-        self.ledger.spend(id, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
+        self.ledger.spend(id, seconds=time.monotonic() - began, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
         if isinstance(answer, NoProposal):
             self.ledger.end_attempt(id, "failed", reason=answer.reason, seconds=time.monotonic() - began)
             self.say(f"attempt {len(history)}, {proposer.name}: nothing: {answer.reason}")

@@ -34,7 +34,9 @@ def spending(ledger: Ledger, attempt: str, began: float) -> Iterator[None]:
     counting.start()
     try:
         yield
+    except BaseException:  # an answer, the caller enters itself, with what else it cost
+        ledger.spend(attempt, seconds=time.monotonic() - began)
+        raise
     finally:
         answered.set()
         counting.join()
-        ledger.spend(attempt, seconds=time.monotonic() - began)
