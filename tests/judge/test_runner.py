@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -131,6 +132,18 @@ def test_compiled_code_is_kept_of_the_last_few_candidates(tmp_path):
             first = judge.judge(champion, gates=()).candidate  # as each candidate's race does
             assert {first, hashes[-1]} <= {path.name for path in folder.iterdir()}
         assert len(list(folder.iterdir())) == COMPILED_KEPT
+
+
+def test_no_candidate_has_the_compiled_code_of_a_later_one_removed(tmp_path):
+    """Their folders say of themselves that they were changed in the year 2096."""
+    with make_judge(tmp_path) as judge:
+        folder = judge.scratch / "compiled"
+        for number in range(COMPILED_KEPT - 1):
+            (tmp_path / "hostile.py").write_text(f"number = {number}\n")
+            os.utime(folder / judge.judge(tmp_path / "hostile.py", gates=()).candidate, (4e9, 4e9))
+        candidate = judge.judge(textbook(tmp_path), gates=()).candidate
+        judge.judge(toy(tmp_path), gates=())  # as the champion of its race
+        assert (folder / candidate).is_dir()
 
 
 def test_a_failing_reference_is_not_the_candidate_s_fault(tmp_path):

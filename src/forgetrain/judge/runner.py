@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -31,7 +31,7 @@ from forgetrain.judge import trials
 from forgetrain.judge.clock import Race
 from forgetrain.judge.hidden import Stream, derive, draw_seed
 from forgetrain.judge.sandbox import Sandbox, fill_cache, sandbox
-from forgetrain.judge.scratch import Scratch, keep_newest
+from forgetrain.judge.scratch import Scratch
 from forgetrain.numerics.device import check_device
 from forgetrain.spec.parallel import Parallel
 from forgetrain.spec.target import Target
@@ -40,7 +40,8 @@ from forgetrain.spec.target import Target
 NUMERIC = ("contract", "G4.update", "G4", "G7", "G8", "G5", "G6", "G3", "G9")
 BITWISE = ("contract", "G1", "G2", "G3", "G7", "G8", "G9")
 
-#: Of how many engines compiled code is kept: of the champion and the candidate, and of two more for a second look.
+#: Of how many engines compiled code is kept: of the champion and the candidate, which are always the last two that were
+#: used, and of two more for a second look.
 COMPILED_KEPT = 4
 
 #: A plan that is right and rounds differently from the textbook one: what honest code may differ by.
@@ -114,6 +115,8 @@ class Judge:
         self.pool = [draw_seed() for _ in range(target.gates.g5_seeds)]
         self.kept: dict[str, Any] = {}
         self._running: dict[tuple[Any, ...], EngineProcess] = {}
+        #: Whose compiled code is there, by hash, the last used at the end: its times a candidate can set.
+        self._compiled: list[str] = []
         self._scratch = Scratch("judge")
         self.scratch = self._scratch.path
         self.known_good = self.scratch / "known_good.py"
@@ -250,11 +253,14 @@ class Judge:
     def _sandbox(self, frozen: Path, digest: str) -> Sandbox:
         """With a folder for compiled code: some hundred MiB, so only those of the last few candidates are kept."""
         cache = self.scratch / "compiled" / digest
-        if not cache.is_dir():
-            keep_newest(cache.parent, COMPILED_KEPT - 1)
-            cache.mkdir(parents=True)
+        if digest in self._compiled:
+            self._compiled.remove(digest)
+        else:
+            while len(self._compiled) >= COMPILED_KEPT:
+                shutil.rmtree(cache.parent / self._compiled.pop(0), ignore_errors=True)
+            cache.mkdir(parents=True, exist_ok=True)
             fill_cache(cache, frozen, self.device)
-        os.utime(cache)
+        self._compiled.append(digest)
         return sandbox(frozen, self.target, device=self.device, cache=cache)
 
     def process(
