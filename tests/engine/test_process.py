@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forgetrain.engine import tree
 from forgetrain.engine.contract import weight_hash
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.process import EngineFailure, EngineProcess
@@ -124,6 +125,8 @@ ILL = [
     slow("state", "del shards['exp_avg/model.norm.weight']", "garbage", "exp_avg/model.norm.weight leave out 32"),
     slow("state", "shards['step'] = Shard(torch.tensor(1.0), (), ())", "garbage", "step is"),
     slow("state", "shards['step'] = Shard(torch.zeros(3, dtype=torch.int64), (3,), (0,))", "garbage", "step is"),
+    ("state", "shards['step'] = Shard(torch.tensor(-100_000), (), ())", "garbage", "step is -100000"),
+    slow("state", "shards['step'] = Shard(torch.tensor(2**40), (), ())", "garbage", "step is 1099511627776"),
     ("probe", "yield from [('t', torch.zeros(1))] * 100000", "garbage", "more than"),
     slow("probe", "yield 't', torch.zeros(1 << 24)", "garbage", "at most"),
 ]
@@ -146,6 +149,32 @@ def test_an_ill_behaved_engine_is_named_and_killed(tmp_path, where, what, kind, 
         drive(toy(tmp_path, **{where: what}), pids, 3 if kind == "timeout" else 30)
     assert failure.value.kind == kind
     assert all(gone(pid) for pid in pids)
+
+
+def test_of_what_an_engine_says_was_raised_the_end_is_kept(tmp_path):
+    forge = "import gc; own = next(o for o in gc.get_objects() if type(o).__name__ == 'Channel'); "
+    forge += "own.send('error', {'text': 'x' * (8 << 20) + 'end'}); time.sleep(100)"
+    with EngineProcess(toy(tmp_path, step=forge), TARGET) as engine:
+        engine.load(WEIGHTS)
+        with pytest.raises(EngineFailure) as failure:
+            engine.step(BATCH, 0.1)
+    assert failure.value.kind == "raised"
+    assert failure.value.detail.endswith("xend")
+    assert len(failure.value.detail) < 10_000
+    assert len(str(failure.value)) < 500
+
+
+def test_an_engine_that_cannot_be_watched_does_not_go_on(tmp_path, monkeypatch):
+    def excess(*_):
+        raise RecursionError
+
+    monkeypatch.setattr(tree, "excess", excess)
+    with (
+        pytest.raises(EngineFailure, match="cannot be watched: RecursionError") as failure,
+        EngineProcess(toy(tmp_path, step=HANG), TARGET, limits={"processes": 100}, timeout=30) as engine,
+    ):
+        some_steps(engine)
+    assert failure.value.kind == "limit"
 
 
 def test_printing_disturbs_nothing_and_is_kept_bounded(tmp_path):

@@ -100,3 +100,13 @@ def test_the_norm_that_was_returned_is_the_clipped_gradients():
 def test_the_step_counter_counts():
     before, after, _ = states(2)
     assert not update(before, {**after, "step": before["step"]}, LR, RECIPE).passed
+
+
+def test_a_counter_below_zero_is_no_number_of_steps():
+    """The moments' corrections overflow there."""
+    before, after, _ = states()
+    for state, step in ((before, -100_001), (after, -100_000)):
+        state["step"] = state["step"]._replace(tensor=torch.tensor(step))
+    verdict = update(before, after, LR, RECIPE)
+    assert not verdict.passed
+    assert verdict.first_divergence == "step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,3 +139,23 @@ def test_runs_share_what_they_compile_and_see_no_keys(tmp_path, monkeypatch):
         engine.write_text(write_engine(target, Plan.textbook()) + planted)
         command = ShippedCommand(engine, target, data.folder, tmp_path / name, ranks=1, timeout=120.0, cache=cache)
         assert command.run("--stop-after", "1") is None
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        '{"step": Infinity, "loss": 1}',
+        '{"step": "' + "x" * 99_999 + '", "loss": 1}',
+        "[" * 100_000,
+        '{"step": 1, "loss": []}',
+    ],
+    ids=["infinity", "a long word", "nesting", "a list"],
+)
+def test_a_run_that_leaves_nonsense_is_told_so_in_a_line(metrics, tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metrics.jsonl").write_text(metrics + "\n")
+    (tmp_path / "train" / "summary.json").write_text('{"weight_sha256": "x"}')
+    run = ShippedCommand.found(SimpleNamespace(run_folder=tmp_path), None)  # type: ignore[arg-type]
+    assert run.problem is not None
+    assert run.problem.startswith("left nothing that can be read: ")
+    assert len(run.problem) < 400

@@ -122,6 +122,35 @@ def test_a_candidate_that_breaks_fails_its_gate_and_the_judge_goes_on(tmp_path):
     assert "SyntaxError" in failed.explanation
 
 
+@pytest.mark.parametrize("raised", [OverflowError("too large"), RecursionError(), ValueError("x" * 9999), KeyError(1)])
+def test_what_a_candidates_numbers_raise_in_a_gate_is_its_failure(tmp_path, monkeypatch, raised):
+    def evidence(trial):
+        raise raised
+        yield
+
+    monkeypatch.setitem(trials.GATES, "G8", evidence)
+    with make_judge(tmp_path) as judge:
+        failed = judge.judge(toy(tmp_path), gates=("G8",)).first_failure()
+    assert failed is not None
+    assert (failed.gate, failed.detail["failure"]) == ("G8", "garbage")
+    assert type(raised).__name__ in failed.explanation
+    assert len(failed.explanation) < 500
+    assert "evidence" in failed.detail["traceback"]
+
+
+@pytest.mark.parametrize(
+    "raised", [UserError("too few GPUs"), KeyboardInterrupt(), OSError("disk full"), MemoryError()]
+)
+def test_what_the_machine_or_the_user_did_is_no_candidates_failure(tmp_path, monkeypatch, raised):
+    def evidence(trial):
+        raise raised
+        yield
+
+    monkeypatch.setitem(trials.GATES, "G8", evidence)
+    with make_judge(tmp_path) as judge, pytest.raises(type(raised)):
+        judge.judge(toy(tmp_path), gates=("G8",))
+
+
 def test_compiled_code_is_kept_of_the_last_few_candidates(tmp_path):
     """A loop of hundreds of attempts must not fill the disk."""
     with make_judge(tmp_path) as judge:

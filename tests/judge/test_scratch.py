@@ -5,7 +5,8 @@ import subprocess
 import sys
 import tempfile
 
-from forgetrain.judge.scratch import Scratch
+from forgetrain.judge.scratch import Scratch, keep_newest
+from tests.engine.test_tree import nested
 
 KILLED = """
 import sys, tempfile
@@ -34,3 +35,18 @@ def test_what_a_kill_left_is_removed_and_what_is_in_use_is_not(tmp_path, monkeyp
     for scratch in (during, after):
         scratch.close()
     assert [path.name for path in tmp_path.iterdir()] == ["forgetrain-test-of-somebody-else"]
+
+
+def test_what_a_stranger_nested_without_end_is_removed_like_anything_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    abandoned, kept = tmp_path / "forgetrain-test-abandoned", tmp_path / "kept"
+    nested(abandoned, 1200, "a")
+    (abandoned / ".lock").touch()
+    kept.mkdir()
+    (nested(kept / "old", 18, "x" * 250) / "closed").mkdir(mode=0o000)
+    (kept / "old").chmod(0o000)
+    (kept / "link").symlink_to(tmp_path / "forgetrain-test-abandoned")
+    keep_newest(kept, 0)
+    assert [path.name for path in kept.iterdir()] == ["link"]  # what is no folder was not made here
+    Scratch("test").close()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]

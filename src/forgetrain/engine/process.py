@@ -35,6 +35,7 @@ from forgetrain.spec.taps import tap_names
 from forgetrain.spec.target import Target
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
+_TOLD = 8000  # characters that are kept of an exception's text, which a stranger wrote
 _WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
 
 
@@ -171,6 +172,8 @@ class EngineProcess:
                 if name in tensors:
                     pieces.append((tensors[name], tuple(offsets[name])))
             merged[name] = Shard(self._merge(name, shape, pieces), shape, (0,) * len(shape))
+        if "step" in merged and not 0 <= int(merged["step"].tensor) < 2**40:
+            raise self._fail("garbage", f"the state's step is {int(merged['step'].tensor)}")
         return merged
 
     def weight_hash(self) -> str:
@@ -323,14 +326,14 @@ class EngineProcess:
     def _receive(self, rank: int, deadline: float, check: Callable) -> Message:
         def check_or_error(kind: str, fields: dict[str, Any], specs: list[Spec]) -> None:
             if kind == "error" and isinstance(fields.get("text"), str) and not specs:
-                raise _Raised(admit.printable(fields["text"]))
+                raise _Raised(admit.printable(fields["text"][-_TOLD:]))
             check(kind, fields, specs)
 
         try:
             return self._channels[rank].receive(deadline, check_or_error)
         except _Raised as error:
             detail = str(error).strip()
-            raise self._fail("raised", f"the engine raised {detail.rpartition(chr(10))[2]}", detail) from None
+            raise self._fail("raised", f"the engine raised {detail.rpartition(chr(10))[2][:400]}", detail) from None
         except ProtocolError as error:
             raise self._fail("garbage", f"{admit.printable(str(error))}{self._last_line()}") from None
         except Closed:
@@ -451,7 +454,10 @@ class EngineProcess:
 
     def _watch(self, limits: Mapping[str, int], folder: Path | None) -> None:
         while not self._closing.wait(_WATCH):
-            over = tree.excess(self._process.pid, limits, folder)
+            try:
+                over = tree.excess(self._process.pid, limits, folder)
+            except Exception as error:  # no limit holds once nobody looks
+                over = f"cannot be watched: {type(error).__name__}"
             if over is not None:
                 self._fail("limit", f"the engine {over}")
                 return

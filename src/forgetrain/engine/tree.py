@@ -8,6 +8,7 @@ Where there is no ``/proc`` only the process group is signalled, and measurement
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from typing import NamedTuple
 _PROC = Path("/proc")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+DEEPEST = 100  # folders within each other, each of which is open while it is read
 
 
 class Usage(NamedTuple):
@@ -65,22 +67,52 @@ def peak_memory(pid: int) -> int:
 
 
 def written(folder: Path) -> int:
-    """Bytes that a folder holds on disk; files come and go while it is read, and links are not followed."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    """Bytes that a stranger's folder holds on disk; files come and go while it is read, and links are not followed.
+
+    Folders are opened one within the other: a path ends at 4096 bytes, and what lies deeper would not be counted.
+    Raises OSError for what may not be read, or is nested deeper than honest programs nest."""
+    total, places = 0, [_entries(folder)]
+    try:
+        while places:
+            number, entries = places[-1]
+            if not entries:
+                os.close(places.pop()[0])
+                continue
+            entry = entries.pop()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+                if entry.is_dir(follow_symlinks=False):
+                    if len(places) == DEEPEST:
+                        raise OSError(errno.ELOOP, f"folders are nested more than {DEEPEST} deep")
+                    places.append(_entries(entry.name, number))
+    finally:
+        for number, _ in places:
+            os.close(number)
     return total
+
+
+def _entries(folder: Path | str, within: int | None = None) -> tuple[int, list[os.DirEntry[str]]]:
+    """A folder's open number, which its entries need, and they."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=within)
+    try:
+        with os.scandir(number) as entries:
+            return number, list(entries)
+    except BaseException:
+        os.close(number)
+        raise
 
 
 def excess(pid: int, limits: Mapping[str, int], folder: Path | None = None) -> str | None:
     """In words, what the tree below ``pid`` has more of than ``limits`` allow: processes, bytes resident, and bytes
-    written to ``folder``; other limits are not looked at, nor is what no limit names. None when it keeps to them."""
+    written to ``folder``, which must let itself be measured; other limits are not looked at, nor is what none names.
+    None when it keeps to them."""
     used = usage(pid)
     now = {"processes": used.processes, "resident": used.resident_bytes}
     if folder is not None:
-        now["written"] = written(folder)
+        try:
+            now["written"] = written(folder)
+        except OSError as error:
+            return f"has written what cannot be measured: {error.strerror}"
     over = next((name for name, limit in limits.items() if now.get(name, 0) > limit), None)
     if over is None:
         return None

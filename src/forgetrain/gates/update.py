@@ -54,7 +54,7 @@ def update(
 
     ``statistic``: the worst element's error, as a share of what rounding explains."""
     t = int(after["step"].tensor)
-    if t != int(before["step"].tensor) + 1:
+    if t != int(before["step"].tensor) + 1 or t < 1:
         return _verdict(math.inf, "step", f"the step counter went from {int(before['step'].tensor)} to {t}", sandboxed)
     worst, where, squares = 0.0, "", 0.0
     for key in before:

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from forgetrain.engine import tree
+from forgetrain.engine.admit import printable
 from forgetrain.engine.launch import strangers_environment
 from forgetrain.engine.printed import Tail
 from forgetrain.errors import UserError
@@ -110,5 +111,6 @@ class ShippedCommand:
                     return TrainingRun({}, None, f"{file.name} is no file of a run")
             losses = {int(line["step"]): float(line["loss"]) for line in read_journal(metrics) if "loss" in line}
             return TrainingRun(losses, json.loads(summary.read_text(encoding="utf-8"))["weight_sha256"], problem)
-        except (OSError, ValueError, KeyError, TypeError, UserError) as error:
-            return TrainingRun({}, None, problem or f"left nothing that can be read: {type(error).__name__}: {error}")
+        except (OSError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError, UserError) as error:
+            told = printable(f"{type(error).__name__}: {error}"[:300])  # it may quote the whole file
+            return TrainingRun({}, None, problem or f"left nothing that can be read: {told}")

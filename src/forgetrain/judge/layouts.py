@@ -6,7 +6,6 @@ layout_of(target, ranks=4)      # "2 data ranks x 2 tensor ranks"
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.evidence import SCALARS, State, from_weights, trajectory
 from forgetrain.judge.hidden import Stream, derive
 from forgetrain.judge.sandbox import fill_cache
+from forgetrain.judge.scratch import folder_in
 from forgetrain.numerics.init import initial_weights
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.target import Target
@@ -209,12 +209,12 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
     found: dict[str, TrainingRun] = {}
     last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
     # what the first run compiles serves the second and the resumed one, as it does on a user's machine
-    with tempfile.TemporaryDirectory(dir=judge.scratch) as compiled:
-        fill_cache(Path(compiled), trial.file, judge.device)
-        options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout, "cache": Path(compiled)}
+    with folder_in(judge.scratch) as compiled:
+        fill_cache(compiled, trial.file, judge.device)
+        options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout, "cache": compiled}
         for name in ("once through", "killed and resumed"):
-            with tempfile.TemporaryDirectory(dir=judge.scratch) as folder:
-                command = ShippedCommand(trial.file, target, judge.data, Path(folder), **options)
+            with folder_in(judge.scratch) as folder:
+                command = ShippedCommand(trial.file, target, judge.data, folder, **options)
                 problem = command.run(*last, kill_at=None if name == "once through" else _COMMAND_CHECKPOINT)
                 if problem is None and name != "once through":
                     problem = command.run(*last, "--resume")

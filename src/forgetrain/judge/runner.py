@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from forgetrain.judge import trials
 from forgetrain.judge.clock import Race
 from forgetrain.judge.hidden import Stream, derive, draw_seed
 from forgetrain.judge.sandbox import Sandbox, fill_cache, sandbox
-from forgetrain.judge.scratch import Scratch
+from forgetrain.judge.scratch import Scratch, remove
 from forgetrain.numerics.device import check_device
 from forgetrain.spec.parallel import Parallel
 from forgetrain.spec.target import Target
@@ -43,6 +43,9 @@ BITWISE = ("contract", "G1", "G2", "G3", "G7", "G8", "G9")
 #: Of how many engines compiled code is kept: of the champion and the candidate, which are always the last two that were
 #: used, and of two more for a second look.
 COMPILED_KEPT = 4
+
+#: What numbers of a candidate can raise in a gate; a full disk, too little memory or a bad target is not its fault.
+_BY_NUMBERS = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
 
 #: A plan that is right and rounds differently from the textbook one: what honest code may differ by.
 KNOWN_GOOD = {"token_order": "sequence", "qkv": "fused", "gate_up": "fused", "adamw": "torch", "clip": "torch"}
@@ -257,7 +260,7 @@ class Judge:
             self._compiled.remove(digest)
         else:
             while len(self._compiled) >= COMPILED_KEPT:
-                shutil.rmtree(cache.parent / self._compiled.pop(0), ignore_errors=True)
+                remove(cache.parent / self._compiled.pop(0))
             cache.mkdir(parents=True, exist_ok=True)
             fill_cache(cache, frozen, self.device)
         self._compiled.append(digest)
@@ -328,17 +331,24 @@ class Trial:
         return self.judge.process(self.file, self.box, target, **options)
 
     def run(self, gate: str) -> Iterator[Verdict]:
-        """The verdicts of a gate; a candidate whose process fails has failed the gate."""
+        """The verdicts of a gate; a candidate has failed it whose process fails, or whose answers the gate's own
+        arithmetic cannot take: the next candidate must find a judge that lives."""
         try:
             yield from trials.GATES[gate](self)
         except EngineFailure as failure:
-            yield Verdict(
-                gate,
-                False,
-                detail={"failure": failure.kind, "traceback": failure.detail[-2000:]},
-                explanation=f"{failure.kind}: {failure}",
-                sandboxed=self.sandboxed,
-            )
+            yield self._failed(gate, failure.kind, str(failure), failure.detail)
+        except _BY_NUMBERS as error:
+            text = f"no verdict can be had of what the engine answers, {type(error).__name__}: {str(error)[:300]}"
+            yield self._failed(gate, "garbage", text, "".join(traceback.format_tb(error.__traceback__)))
+
+    def _failed(self, gate: str, kind: str, text: str, detail: str) -> Verdict:
+        return Verdict(
+            gate,
+            False,
+            detail={"failure": kind, "traceback": detail[-2000:]},
+            explanation=f"{kind}: {text}",
+            sandboxed=self.sandboxed,
+        )
 
     def keep_speed(self, run: Race, first_answers: Mapping[str, float]) -> None:
         champion, candidate = run.times()
