@@ -159,3 +159,31 @@ def test_a_run_that_leaves_nonsense_is_told_so_in_a_line(metrics, tmp_path):
     assert run.problem is not None
     assert run.problem.startswith("left nothing that can be read: ")
     assert len(run.problem) < 400
+
+
+#: What an engine does when it is imported for training, and what is said of it.
+UNLIMITED = """
+import resource
+for name in ("FSIZE", "NOFILE", "NPROC", "AS"):
+    assert resource.getrlimit(getattr(resource, "RLIMIT_" + name))[1] != resource.RLIM_INFINITY, name
+"""
+HOARDS = """
+import time
+for number in range(8):
+    with open(f"/runs/{number}", "wb") as file:
+        file.write(bytes(1 << 20))
+time.sleep(1000)
+"""
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@pytest.mark.parametrize(("planted", "said"), [(UNLIMITED, None), (HOARDS, "on disk")], ids=["limits", "runs"])
+def test_the_command_has_limits_and_its_folder_is_measured(planted, said, tmp_path):
+    target, data = built(tmp_path)
+    engine = tmp_path / "engine.py"
+    engine.write_text(write_engine(target, Plan.textbook()) + planted)
+    command = ShippedCommand(engine, target, data.folder, tmp_path / "runs", ranks=1, timeout=120.0)
+    if said is not None:
+        command.largest = 4 << 20
+    problem = command.run("--stop-after", "1")
+    assert problem == said or (said is not None and said in (problem or ""))

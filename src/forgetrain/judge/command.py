@@ -23,7 +23,7 @@ from forgetrain.engine.launch import strangers_environment
 from forgetrain.engine.printed import Tail
 from forgetrain.errors import UserError
 from forgetrain.gates.g9 import TrainingRun
-from forgetrain.judge.sandbox import Sandbox, training_sandbox
+from forgetrain.judge.sandbox import SCRATCH, Sandbox, state_bytes, training_sandbox
 from forgetrain.spec.target import Target
 from forgetrain.spec.toml import to_toml
 from forgetrain.train.checkpoint import folder_of
@@ -32,11 +32,20 @@ from forgetrain.train.metrics import read_journal
 _LARGEST = 16 << 20  # bytes of a file that is read
 _LOOK = 0.02  # seconds between looks at what the run has written
 _WATCH = 0.5  # seconds between looks at memory and processes, which read all of /proc
+_CHECKPOINTS = 4  # that may lie in a run's folder: two that are kept, one that is being written, one to be removed
+#: Resource limits are set inside: NPROC counts the processes of a user namespace.
+_LIMITED = """
+import json, os, sys
+from forgetrain.engine.supervise import set_limits
+set_limits(json.loads(sys.argv[1]))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 class ShippedCommand:
     """``folder`` must be empty; ``data`` is a built data folder. ``timeout``: seconds for one run. ``cache``: a folder
-    of this candidate's alone, for compiled code; runs that share it need not all compile."""
+    of this candidate's alone, for compiled code; runs that share it need not all compile. ``largest``: bytes that the
+    folder may hold."""
 
     def __init__(
         self,
@@ -50,7 +59,8 @@ class ShippedCommand:
         cache: Path | None = None,
     ):
         self.target, self.ranks, self.timeout = target, ranks, timeout
-        self.run_folder = folder / target.name
+        self.folder, self.run_folder = folder, folder / target.name
+        self.largest = SCRATCH + _CHECKPOINTS * state_bytes(target)
         self.run_folder.mkdir(parents=True)
         self.target_file = folder / "target.toml"
         self.target_file.write_text(to_toml(target), encoding="utf-8")
@@ -64,8 +74,9 @@ class ShippedCommand:
         inner = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks), "-m", "forgetrain"]
         argv = ["python", "-P", *(inner if self.ranks > 1 else inner[-2:])]
         argv += ["train", "target.toml", "--engine", "engine.py", "--runs", "runs", "--unverified", "--json", *options]
+        limits = {name: limit for name, limit in self.box.limits.items() if name.isupper()}
         process = subprocess.Popen(
-            self.box.wrap(argv),
+            self.box.wrap(["python", "-P", "-c", _LIMITED, json.dumps(limits), *argv]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -91,6 +102,7 @@ class ShippedCommand:
             if time.monotonic() > watch:
                 watch = time.monotonic() + _WATCH
                 over = tree.excess(process.pid, self.box.limits, self.box.cache)
+                over = over or tree.excess(process.pid, {"written": self.largest}, self.folder)
                 if over is not None:
                     return over
             time.sleep(_LOOK)

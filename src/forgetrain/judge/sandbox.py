@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -32,10 +33,13 @@ from forgetrain.engine.launch import SERVE, strangers_environment
 from forgetrain.errors import UserError
 from forgetrain.judge.scratch import Scratch, keep_newest
 from forgetrain.numerics.runtime import RUNTIME
+from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.target import Target
 
 SCRATCH = 2 << 30  # bytes in /tmp, and as many in /dev/shm and of compiled code: regions take some hundred MiB
 PROCESSES = 256  # torch.compile starts a worker a core, and each of them a compiler
+#: Where several users' processes are counted together this is no lower than what a busy desktop has.
+_OF_A_USER = 16 * PROCESSES
 _ADDRESSES = 16 << 30  # address space that is mapped but not resident: libraries, stacks, allocators' arenas
 _INSIDE = Path("/forge")
 _SITE = Path("/site-packages")  # by that name libraries tell what is installed from what is a user's
@@ -88,14 +92,11 @@ def sandbox(
     """
     device = device or target.hardware.device
     memory = _memory(target, device, memory_gib)
-    limits = {"FSIZE": SCRATCH, "NOFILE": 4096, "processes": PROCESSES, "resident": memory}
-    if device == "cpu":  # CUDA reserves hundreds of GiB of addresses
-        limits["AS"] = memory + _ADDRESSES
+    limits = _limits(memory, device, SCRATCH)
     program, reason = _working_bubblewrap(device)
     if not program:
         return Sandbox(False, f"unsandboxed: {reason}", limits, (), ())
-    # where several users' processes are counted together this is no lower than what a busy desktop has
-    limits["NPROC"] = 16 * PROCESSES
+    limits["NPROC"] = _OF_A_USER
     engine = engine.resolve()
     files = {SERVE.with_name(name): name for name in ("serve.py", "supervise.py", "protocol.py")} | {
         engine: "engine.py"
@@ -125,13 +126,14 @@ def training_sandbox(
     The command line names python, target.toml, engine.py and runs; ``wrap`` puts in what each is called.
     """
     device = target.hardware.device
-    limits = {"processes": PROCESSES, "resident": _memory(target, device, None)}
+    limits = _limits(_memory(target, device, None), device, SCRATCH + state_bytes(target))
     given = folder / target.name / "data"
     program, reason = _working_bubblewrap(device, "forgetrain.train.loop")
     if not program:
         given.symlink_to(data.resolve())
         renamed = {"python": sys.executable, "target.toml": str(target_file), "engine.py": str(engine)}
         return Sandbox(False, f"unsandboxed: {reason}", limits, (), (*renamed.items(), ("runs", str(folder))))
+    limits["NPROC"] = _OF_A_USER
     given.mkdir()
     hosts = folder / "hosts"  # torchrun's processes find each other by name
     hosts.write_text("127.0.0.1 localhost forge\n", encoding="utf-8")
@@ -199,6 +201,19 @@ def _made_beforehand() -> Path | None:
     finally:
         scratch.close()
     return folder if folder.is_dir() else None
+
+
+def state_bytes(target: Target) -> int:
+    """What a checkpoint holds: the masters and moments in fp32."""
+    return sum(4 * math.prod(shape) for shape in state_shapes(target).values())
+
+
+def _limits(memory: int, device: str, file: int) -> dict[str, int]:
+    """Those that hold with bubblewrap and without; ``file``: bytes of the largest."""
+    limits = {"FSIZE": file, "NOFILE": 4096, "processes": PROCESSES, "resident": memory}
+    if device == "cpu":  # CUDA reserves hundreds of GiB of addresses
+        limits["AS"] = memory + _ADDRESSES
+    return limits
 
 
 def _memory(target: Target, device: str, memory_gib: float | None) -> int:
