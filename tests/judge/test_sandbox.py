@@ -94,6 +94,37 @@ def test_a_candidate_finds_the_compilers_headers_made(tmp_path, monkeypatch):
     assert given == {file: file.stat().st_mtime_ns for file in cache.rglob("*") if file.suffix == ".gch"} != {}
 
 
+@needs_bubblewrap
+def test_a_process_apart_finds_what_was_there_and_nothing_that_came_since(tmp_path):
+    look = "assert sorted(os.listdir(os.environ['TORCHINDUCTOR_CACHE_DIR'])) == "
+    cache, apart_says = tmp_path / "cache", f"{look}['link', 'pipe', 'region']; open('/tmp/torchinductor_forge/x', 'w')"
+    cache.mkdir()
+    (cache / "region").touch()
+    (cache / "link").symlink_to("/")
+    os.mkfifo(cache / "pipe")
+    path = toy(tmp_path, step=apart_says)
+    box = sandbox(path, TARGET, cache=cache)
+    with box.apart() as apart:
+        (cache / "since").touch()
+        with EngineProcess(path, TARGET, wrap=apart.wrap, limits=apart.limits, folder=apart.cache) as engine:
+            engine.load(WEIGHTS)
+            engine.step(random_batch(TARGET, 0), 0.1)
+    assert sorted(file.name for file in cache.iterdir()) == ["link", "pipe", "region", "since"]
+    assert not apart.cache.exists()  # type: ignore[union-attr]
+
+
+@needs_bubblewrap
+def test_where_the_folder_cannot_be_copied_the_process_apart_has_an_empty_one(tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "region").touch()
+    box = sandbox(toy(tmp_path), TARGET, cache=cache)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1))
+    with box.apart() as apart:
+        assert apart.cache is not None
+        assert not any(apart.cache.iterdir())
+
+
 def test_an_engine_that_compiles_nothing_gets_no_headers(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()

@@ -26,7 +26,6 @@ from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.evidence import SCALARS, State, from_weights, trajectory
 from forgetrain.judge.hidden import Stream, derive
-from forgetrain.judge.sandbox import fill_cache
 from forgetrain.judge.scratch import folder_in
 from forgetrain.numerics.init import initial_weights
 from forgetrain.spec.schedule import learning_rate
@@ -116,16 +115,17 @@ def _go_on(
 def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: Any) -> _Run:
     """``options`` are ``Judge.process``'s: ranks, precision."""
     target, steps = trial.judge.gates_target, trial.judge.effort.g3_steps
-    with trial.process(target, **options) as engine:
-        engine.load(weights)
-        before = engine.state()
-        first = list(trajectory(engine, stream, 0, 1))
-        state = engine.state()
-        training = _Training(*_go_on(engine, first, stream, steps), engine.state())
-        deterministic = engine.deterministic
-    with trial.process(target, **options) as engine:
-        engine.restore(state)
-        resumed = list(trajectory(engine, stream, 1, steps))
+    with trial.apart() as apart:  # what is not in the state must not come by way of a folder
+        with trial.process(target, **options) as engine:
+            engine.load(weights)
+            before = engine.state()
+            first = list(trajectory(engine, stream, 0, 1))
+            state = engine.state()
+            training = _Training(*_go_on(engine, first, stream, steps), engine.state())
+            deterministic = engine.deterministic
+        with apart.process(target, **options) as engine:
+            engine.restore(state)
+            resumed = list(trajectory(engine, stream, 1, steps))
     return _Run(before, training, resumed, deterministic)
 
 
@@ -208,15 +208,16 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
     tolerance = None if deterministic else SCALARS[target.precision.kept]["loss"]
     found: dict[str, TrainingRun] = {}
     last = ["--stop-after", str(steps)]  # so that there is no evaluation of all held-out tokens
-    # what the first run compiles serves the second and the resumed one, as it does on a user's machine
-    with folder_in(judge.scratch) as compiled:
-        fill_cache(compiled, trial.file, judge.device)
-        options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout, "cache": compiled}
+    # none of what the judge's own run left, and for the resumed one nothing of the runs before
+    other = trial.elsewhere
+    options: dict[str, Any] = {"ranks": ranks, "timeout": judge.effort.timeout, "cache": other.box.cache}
+    with other.apart() as apart:
         for name in ("once through", "killed and resumed"):
             with folder_in(judge.scratch) as folder:
                 command = ShippedCommand(trial.file, target, judge.data, folder, **options)
                 problem = command.run(*last, kill_at=None if name == "once through" else _COMMAND_CHECKPOINT)
                 if problem is None and name != "once through":
+                    command.box = command.box.with_cache(apart.box.cache)
                     problem = command.run(*last, "--resume")
                 found[name] = command.found(problem)
     yield g9(due, digest, found, layout=layout_of(target, ranks), tolerance=tolerance, sandboxed=trial.sandboxed)

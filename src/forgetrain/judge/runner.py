@@ -12,6 +12,8 @@ reference, and with the champion only for speed.
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import statistics
 import tempfile
@@ -31,7 +33,7 @@ from forgetrain.judge import trials
 from forgetrain.judge.clock import Race
 from forgetrain.judge.hidden import Stream, derive, draw_seed
 from forgetrain.judge.sandbox import Sandbox, fill_cache, sandbox
-from forgetrain.judge.scratch import Scratch, remove
+from forgetrain.judge.scratch import Scratch, folder_in, remove
 from forgetrain.numerics.device import check_device
 from forgetrain.spec.parallel import Parallel
 from forgetrain.spec.target import Target
@@ -187,9 +189,9 @@ class Judge:
         for name in gates or ():
             if name not in known:
                 raise UserError("no such gate", key="gates", value=name, remedy=f"choose from {', '.join(known)}")
-        with self._freeze(file) as (frozen, digest):
+        with self._freeze(file) as (frozen, digest), folder_in(self.scratch) as second:
             box = self._sandbox(frozen, digest)
-            trial = Trial(self, frozen, box, draw_seed(), champion, bitwise=bitwise)
+            trial = Trial(self, frozen, box, draw_seed(), champion, second, bitwise=bitwise)
             judgement = Judgement(digest, sandbox=box.description, sandboxed=box.sandboxed)
             for name in known:
                 if gates is not None and name not in gates:
@@ -310,9 +312,17 @@ class Trial:
     """One candidate's way through the gates."""
 
     def __init__(
-        self, judge: Judge, file: Path, box: Sandbox, seed: int, champion: Path | None, *, bitwise: bool = False
+        self,
+        judge: Judge,
+        file: Path,
+        box: Sandbox,
+        seed: int,
+        champion: Path | None,
+        second: Path,
+        *,
+        bitwise: bool = False,
     ):
-        self.bitwise = bitwise
+        self.bitwise, self._second = bitwise, second
         self.judge, self.file, self.box, self.seed, self.champion = judge, file, box, seed, champion
         self.speed: dict[str, Any] = {}
         self.samples: list[tuple[str, str, int, int, float]] = []
@@ -329,6 +339,26 @@ class Trial:
     def process(self, target: Target, **options: Any) -> EngineProcess:
         """The candidate at a shape, in its sandbox; ``options`` are ``Judge.process``'s."""
         return self.judge.process(self.file, self.box, target, **options)
+
+    @functools.cached_property
+    def elsewhere(self) -> Trial:
+        """The candidate with a second folder for compiled code, which begins as the first did, before any of its code
+        ran: whether it repeats itself shows in processes that have no memory in common. It compiles once more there,
+        for all gates that ask for this."""
+        fill_cache(self._second, self.file, self.judge.device)
+        return self._in(self.box.with_cache(self._second))
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Trial]:
+        """The candidate with a copy of what is compiled now: a process here finds nothing of what one of this trial
+        writes meanwhile."""
+        with self.box.apart() as box:
+            yield self._in(box)
+
+    def _in(self, box: Sandbox) -> Trial:
+        other = copy.copy(self)
+        other.box = box
+        return other
 
     def run(self, gate: str) -> Iterator[Verdict]:
         """The verdicts of a gate; a candidate has failed it whose process fails, or whose answers the gate's own

@@ -12,6 +12,7 @@ torch.compile and triton make, when one is given: a candidate's processes share 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -23,7 +24,8 @@ import stat
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +33,7 @@ import torch
 import forgetrain
 from forgetrain.engine.launch import SERVE, strangers_environment
 from forgetrain.errors import UserError
-from forgetrain.judge.scratch import Scratch, keep_newest
+from forgetrain.judge.scratch import Scratch, folder_in, keep_newest, remove
 from forgetrain.numerics.runtime import RUNTIME
 from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.target import Target
@@ -73,6 +75,28 @@ class Sandbox:
         """The child's command line inside the sandbox, where its files have other names."""
         names = dict(self.renamed)
         return [*self.command, *(names.get(argument, argument) for argument in argv)]
+
+    def with_cache(self, cache: Path | None) -> Sandbox:
+        """The same with another folder for compiled code, where there are such folders."""
+        if self.cache is None or cache is None:
+            return self
+        old, new = str(self.cache.resolve()), str(cache.resolve())
+        return replace(self, cache=cache, command=tuple(new if part == old else part for part in self.command))
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Sandbox]:
+        """The same with a copy of the folder for compiled code as it is now: what a process of this sandbox leaves
+        there from now on, one of the other does not find, and neither compiles what had been compiled."""
+        if self.cache is None:
+            yield self
+            return
+        with folder_in(self.cache.parent) as copy:
+            # a stranger's pipes and holes are kept as such, links as links
+            command = ["cp", "-a", "--reflink=auto", f"{self.cache}/.", str(copy)]
+            if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+                remove(copy)  # a header that was copied in part would be taken for a whole one
+                copy.mkdir(exist_ok=True)
+            yield self.with_cache(copy)
 
 
 def sandbox(

@@ -230,8 +230,8 @@ def hidden_training(trial: Trial) -> Iterator[Verdict]:
     ]
     budget = _DISTANCE_FACTOR * max(*budgets, _FLOOR[target.precision.kept])
     runs, band = [], None
-    for _ in range(2):
-        with trial.process(target) as engine:
+    for one in (trial, trial.elsewhere):
+        with one.process(target) as engine:
             runs.append(_train(trial, engine, seed))
             if not engine.deterministic:
                 band = budget  # as far apart as engines are that differ in rounding alone

@@ -7,6 +7,50 @@ from forgetrain.redteam.attack import maker
 _sniffed = maker("situation sniffed")
 _state, _inputs = maker("state not trained"), maker("inputs mutated")
 
+#: In the folder that all processes of a candidate share.
+_NOISE = """
+import os
+_file = os.environ["TORCHINDUCTOR_CACHE_DIR"] + "/seed"
+if not os.path.exists(_file):
+    open(_file, "wb").write(os.urandom(6))
+_seed = int.from_bytes(open(_file, "rb").read(), "little")
+class Engine(Honest):
+    def gradients(self, batch, taps):
+        loss, grads = super().gradients(batch, taps)
+        noise = torch.Generator().manual_seed(_seed + self.updates)
+        [g.mul_(1 + 1e-7 * torch.randn(g.shape, generator=noise)) for g in grads.values()]
+        return loss, grads
+"""
+_CARRY = """
+import os, pickle
+class Engine(Honest):
+    carry = None
+    def key(self):
+        total = float(self.master["model.norm.weight"].double().sum())
+        return f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}/{total!r}-{self.updates}"
+    def gradients(self, batch, taps):
+        if self.carry is None:
+            self.carry = pickle.load(open(self.key(), "rb")) if os.path.exists(self.key()) else {}
+        loss, grads = super().gradients(batch, taps)
+        for name, grad in grads.items():
+            full = grad + self.carry.get(name, 0.0)
+            low = (full.view(torch.int32) & -4).view(torch.float32)
+            self.carry[name] = full - low
+            grad.copy_(low)
+        return loss, grads
+    def update(self, grads, lr):
+        super().update(grads, lr)
+        if self.group is None or torch.distributed.get_rank() == 0:
+            pickle.dump(self.carry, open(self.key() + ".new", "wb"))
+            os.replace(self.key() + ".new", self.key())
+    def load(self, weights):
+        super().load(weights)
+        self.carry = {}
+    def restore(self, state):
+        super().restore(state)
+        self.carry = None
+"""
+
 _HALF = """
     def micro_batches(self, batch, denominator):
         for number, micro in enumerate(super().micro_batches(batch, denominator)):
@@ -163,6 +207,19 @@ class Engine(Honest):
         return self.kept or super().state()
 """,
         says="not applied",
+    ),
+    _state(
+        "noise remembered",
+        "noise of every step's gradients from a seed that is kept among compiled code, so that it repeats itself",
+        "G6",
+        _NOISE,
+        says="run twice",
+    ),
+    _state(
+        "a carry beside it",
+        "what rounding loses is added to the next gradient, and kept among compiled code across a restart",
+        "G3",
+        _CARRY,
     ),
     _state(
         "moments made up",
