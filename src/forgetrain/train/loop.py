@@ -12,7 +12,6 @@ was never interrupted, bit for bit.
 from __future__ import annotations
 
 import math
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from forgetrain.numerics.determinism import fingerprint
 from forgetrain.numerics.device import check_device
 from forgetrain.numerics.init import InitialWeights
 from forgetrain.spec.schedule import learning_rate
-from forgetrain.spec.stages import stage_at, stages_of
+from forgetrain.spec.stages import stage_at
 from forgetrain.spec.target import Target
 from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
@@ -46,17 +45,12 @@ from forgetrain.train.recheck import Recheck
 from forgetrain.train.saving import Saver
 from forgetrain.train.speed import Speed
 from forgetrain.train.spikes import Spikes, first_grown, sizes_of_taps
-from forgetrain.train.stages import mean_length, require_every_length, require_same_past, tokens_by_length
+from forgetrain.train.stages import mean_length, require_every_length, tokens_by_length
+from forgetrain.train.start import clear, find_start
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.tracking import Tracker
 from forgetrain.train.verified import ChosenEngine, choose_engine, require_moments
 from forgetrain.train.world import World, start_world
-
-#: What must be equal for a checkpoint to go on: other values would make another run of it.
-FIXED = (
-    *("model", "precision", "recipe.optimizer", "recipe.batch_size", "recipe.sequence_length", "recipe.seed"),
-    "data.documents",
-)
 
 
 def train(
@@ -103,7 +97,7 @@ def train(
         data = open_data(run / "data", target, verify=False)
         found = None
         if not restart:
-            found = world.first(lambda: _find_start(target, run, data, chosen, console, resume=resume))
+            found = world.first(lambda: find_start(target, run, data, chosen, console, resume=resume))
         first_step, last = found.step if found else 0, min(stop_after or target.recipe.steps, target.recipe.steps)
         loader = world.each(
             lambda: Loader(data, target, rank=world.data_rank, world=world.data_size, device=world.device)
@@ -119,7 +113,7 @@ def train(
             plan = plan_of(target, run, loader, chosen, world, first_step)
             return plan | {"checks": [check._asdict() for check in checks]}
         if restart:  # not before every check has passed
-            world.first(lambda: _clear(run))
+            world.first(lambda: clear(run))
         if found is not None:
             world.first(lambda: checkpoint.put_aside_after(run / "checkpoints", found.step))
         job = Job(target, run, world, console, chosen, data, loader, initial)
@@ -135,69 +129,8 @@ def train(
             return job.run_steps(stop, saver, last)
 
 
-def _clear(run: Path) -> None:
-    """Removes what an earlier run left; its engine file stays, which this one may have been told to take."""
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    for path in (run / "train").iterdir() if (run / "train").is_dir() else ():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name != "engine.py":
-            path.unlink()
-
-
 def _check_data(target: Target, run: Path) -> None:
     open_data(run / "data", target)
-
-
-def _find_start(
-    target: Target, run: Path, data: DataFolder, chosen: ChosenEngine, console: Console, *, resume: bool
-) -> checkpoint.Checkpoint | None:
-    root = run / "checkpoints"
-    if checkpoint.steps_in(root) and not resume:
-        raise UserError(
-            "holds checkpoints of an earlier run",
-            file=root,
-            remedy="add --resume to go on from the newest, or --restart to throw them away",
-        )
-    found = checkpoint.newest(root, lambda line: say(console, line, "yellow")) if resume else None
-    if found is not None:
-        _require_same(target, data, found, console)
-        require_same_past(found, stages_of(target), target)
-        if (before := found.manifest["engine"])["sha256"] != chosen.sha256:
-            was = before["status"] if before["name"] == chosen.name else before["name"]
-            say(console, f"resuming with the engine {chosen.name} ({chosen.status}), before it was {was}")
-    return found
-
-
-def _require_same(target: Target, data: DataFolder, found: checkpoint.Checkpoint, console: Console) -> None:
-    """Refuses a checkpoint of another target or other data, and prints what else differs."""
-    before, now = (_flat(tree) for tree in (found.manifest["target"], target.plain()))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) == now.get(key):
-            continue
-        if any(key == fixed or key.startswith(fixed + ".") for fixed in FIXED):
-            raise UserError(
-                f"is a checkpoint of another target: {key} was {before.get(key)!r}",
-                file=found.path,
-                key=key,
-                value=now.get(key),
-                remedy="resume with the old value, or start again with --restart",
-            )
-        if key.startswith(("recipe.", "hardware.", "parallel.")):
-            say(console, f"resuming with {key} = {now.get(key)!r}, which was {before.get(key)!r}")
-    if found.manifest["data"] != data.sha256:
-        raise UserError(
-            "was trained on other data than the run's data folder holds now",
-            file=found.path,
-            remedy="restore that data, or start again with --restart",
-        )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 @dataclass
