@@ -5,10 +5,15 @@ from collections import namedtuple
 
 import pytest
 
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
+from forgetrain.publish.hf import export_hf
+from forgetrain.spec.target import StageSpec
 from forgetrain.train import preflight
 from forgetrain.train.loop import train
 from tests.corpus import built
+from tests.engine.toy import toy
 from tests.train.test_loop import QUIET, run
 
 
@@ -47,6 +52,55 @@ def test_a_restart_that_is_refused_removes_nothing(tmp_path, monkeypatch):
         run(target, tmp_path, restart=True)
     assert (tmp_path / target.name / "checkpoints" / "step-00000006").is_dir()
     assert (tmp_path / target.name / "train" / "summary.json").is_file()
+
+
+def adamw_engine(target, runs):
+    """An engine of the target as it is; it refuses another model, and has the moments of AdamW alone."""
+    path = runs / "adamw.py"
+    path.write_text(write_engine(target, Plan.textbook()))
+    return path
+
+
+def another_optimizer(target, runs):
+    changed = target.model_copy(update={"recipe": target.recipe.model_copy(update={"optimizer": "muon"})})
+    return changed, adamw_engine(target, runs), {}, "is an engine of another optimizer"
+
+
+def another_model(target, runs):
+    changed = target.model_copy(update={"model": target.model.model_copy(update={"num_hidden_layers": 3})})
+    return changed, adamw_engine(target, runs), {}, "refuses the target"
+
+
+def a_stage_too_long(target, runs):
+    stages = [StageSpec(name="short", steps=5), StageSpec(name="long", steps=1, sequence_length=32)]
+    changed = target.model_copy(update={"data": target.data.model_copy(update={"stages": stages})})
+    engine = toy(runs)
+    head = "def loss(self, batch):\n"
+    guard = f"{head}        if batch.tokens.shape[1] > 16: raise RuntimeError('the graph is of 16')\n"
+    engine.write_text(engine.read_text().replace(head, guard))
+    return changed, engine, {}, "the graph is of 16"
+
+
+def other_logits(target, runs):
+    folder = export_hf(runs / target.name, runs / "hf").folder
+
+    def check(target, initial, chosen):
+        raise UserError("logits differ", file=initial.folder, remedy="name another")
+
+    return target, adamw_engine(target, runs), {"init_from": folder, "check_initial": check}, "logits differ"
+
+
+@pytest.mark.parametrize("wrong", [another_optimizer, another_model, a_stage_too_long, other_logits])
+def test_an_engine_that_is_refused_shows_in_a_dry_run_and_a_restart_with_it_removes_nothing(tmp_path, wrong):
+    target, _ = built(tmp_path)
+    run(target, tmp_path)
+    changed, engine, options, says = wrong(target, tmp_path)
+    folder = tmp_path / target.name
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".train.lock"}
+    for how in ({"dry_run": True}, {}):
+        with pytest.raises(UserError, match=says):
+            run(changed, tmp_path, restart=True, engine=str(engine), unverified=True, **options, **how)
+        assert {path: path.read_bytes() for path in kept if path.is_file()} == kept
 
 
 def test_too_little_disk_is_refused(tmp_path, monkeypatch):

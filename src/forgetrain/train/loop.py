@@ -108,18 +108,18 @@ def train(
         initial = find_initial(target, run, init_from, found, restart=restart)
         if initial is not None and found is None:
             initial.require_tokenizer(data)
+        job = Job(target, run, world, console, chosen, data, loader, initial)
+        job.prepare(found, check_initial)
         if dry_run:
-            chosen.build(target, device=world.device, mesh=world.mesh)
             plan = plan_of(target, run, loader, chosen, world, first_step)
             return plan | {"checks": [check._asdict() for check in checks]}
         if restart:  # not before every check has passed
             world.first(lambda: clear(run))
         if found is not None:
             world.first(lambda: checkpoint.put_aside_after(run / "checkpoints", found.step))
-        job = Job(target, run, world, console, chosen, data, loader, initial)
         if profile_steps is not None and world.rank == 0:
             job.profile = Profile(profile_steps, run / "train" / "profile", console)
-        job.start(found, check_initial)
+        job.start(found)
         settings = target.train
         with (
             Stop(world, settings.deadline_seconds) as stop,
@@ -153,6 +153,7 @@ class Job:
     held_out: dict[int, HeldOut] = field(default_factory=dict)
     last: Measured | None = None
     engine: Engine = field(init=False)
+    deterministic: bool = field(init=False)
     health: Health = field(init=False)
     spikes: Spikes = field(init=False)
     recheck: Recheck = field(init=False)
@@ -163,16 +164,22 @@ class Job:
     def root(self) -> Path:
         return self.run / "checkpoints"
 
-    def start(self, found: checkpoint.Checkpoint | None, check_initial: CheckInitial | None = None) -> None:
-        """Builds the engine, with initial weights or those of a checkpoint, and opens the journal."""
-        target = self.target
-        self.engine, deterministic = self.chosen.build(target, device=self.world.device, mesh=self.world.mesh)
+    def prepare(self, found: checkpoint.Checkpoint | None, check_initial: CheckInitial | None) -> None:
+        """Builds the engine with initial weights, and refuses one that cannot make this run; writes nothing."""
+        target, device, name = self.target, self.world.device, self.chosen.name
+        self.engine, self.deterministic = self.chosen.build(target, device=device, mesh=self.world.mesh)
         self.init_from = None if found is None else found.manifest.get("init_from")
         if (initial := self.initial) is not None:
             self.init_from = self.world.first(lambda: compared(target, initial, self.chosen, check_initial))
             say(self.console, described(self.init_from))
-        self._restore(found)
-        require_every_length(self.engine, self.loader.stages, target, device=self.world.device, name=self.chosen.name)
+        self._load_initial()
+        require_moments(self.engine, target, name, self.world)
+        require_every_length(self.engine, self.loader.stages, target, device=device, name=name)
+
+    def start(self, found: checkpoint.Checkpoint | None) -> None:
+        """Brings the prepared engine to a checkpoint, if there is one, and opens the journal."""
+        target = self.target
+        self._go_on_from(found)
         past = {} if found is None else found.manifest
         self.seconds = past.get("seconds", 0.0)
         self.health = Health(target.train.skip_limit, past.get("skipped", 0))
@@ -187,17 +194,21 @@ class Job:
             write_json(self.run / "train" / "run.json", self._facts() | {"resumed_at": self.step or None})
         say(self.console, self._headline())
         self.recheck = Recheck(
-            every=target.train.recheck_every, deterministic=deterministic, world=self.world, evidence=self.run / "train"
+            every=target.train.recheck_every,
+            deterministic=self.deterministic,
+            world=self.world,
+            evidence=self.run / "train",
         )
         if self.recheck.off_because_of_engine:
             say(self.console, "train.recheck_every is off: the engine says that it is not deterministic", "yellow")
 
-    def _restore(self, found: checkpoint.Checkpoint | None) -> None:
-        """Brings the engine to a checkpoint, or to the beginning."""
+    def _load_initial(self) -> None:
         recipe, initial = self.target.recipe, self.initial
         # Both give one tensor at a time, for a rank that keeps parts may have no room for the whole
         self.engine.load(InitialWeights(self.target.model, recipe.seed) if initial is None else initial)
-        require_moments(self.engine, self.target, self.chosen.name, self.world)
+
+    def _go_on_from(self, found: checkpoint.Checkpoint | None) -> None:
+        """Brings an engine that has initial weights to a checkpoint; None is the beginning."""
         if found is not None:
             checkpoint.load(self.engine, found.path, self.world)
         self.step = self.saved = 0 if found is None else found.step
@@ -285,7 +296,8 @@ class Job:
         batch = self.loader.batch_at(spike.step - 1 + self.spikes.offset)
         bad = sizes_of_taps(self.engine, batch) if gives_up else {}
         self.world.first(lambda: checkpoint.remove_after(self.root, back_to))
-        self._restore(found)
+        self._load_initial()
+        self._go_on_from(found)
         if gives_up:
             self._give_up(spike, back_to, batch, bad)
         self.spikes.rolled_back(spike.step, back_to, spike.loss, kept)
