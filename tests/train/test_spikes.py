@@ -9,7 +9,7 @@ from forgetrain.errors import UserError
 from forgetrain.train import checkpoint, loop
 from forgetrain.train.metrics import read_journal
 from forgetrain.train.spikes import Spikes, first_grown
-from tests.corpus import built
+from tests.corpus import built, write_corpus
 from tests.engine.toy import toy
 from tests.train.test_loop import losses, run
 
@@ -141,6 +141,49 @@ def test_before_the_first_checkpoint_it_goes_back_to_the_beginning(tmp_path):
     assert [line["step"] for line in read_journal(tmp_path / target.name / "train/metrics.jsonl") if "lr" in line] == [
         *range(1, 31)
     ]
+
+
+@pytest.fixture
+def staged(tmp_path):
+    """A target whose stage changes after step 10, and an engine whose loss jumps there for good."""
+    other = write_corpus(tmp_path / "other", seed=1)
+    sources = [{"path": str(tmp_path / "corpus"), "name": "a"}, {"path": str(other), "name": "b"}]
+
+    def staged(**second):
+        stages = [{"name": "one", "steps": 10, "weights": {"a": 1.0}}, {"name": "two", "steps": 20, **second}]
+        target, _ = built(tmp_path, recipe=RECIPE, train=SETTINGS, data={"sources": sources, "stages": stages})
+        return target, toy(tmp_path, after=f"{LOSS}\n        if self.steps > 10: loss = loss + 4")
+
+    return staged
+
+
+@pytest.mark.parametrize("second", [{"weights": {"a": 1.0, "b": 1.0}}, {"weights": {"a": 1.0}, "sequence_length": 32}])
+def test_a_stage_of_another_mixture_or_length_has_losses_of_its_own(tmp_path, staged, second):
+    target, engine = staged(**second)
+    options = {"engine": str(engine), "unverified": True}
+    whole = run(target, tmp_path, **options)
+    assert (whole["finished"], whole["spikes"], whole["rollbacks"]) == (True, 0, [])
+    for stop in (10, 12):
+        run(target, tmp_path, restart=True, stop_after=stop, **options)
+        again = run(target, tmp_path, resume=True, **options)
+        assert (again["spikes"], again["weight_sha256"]) == (0, whole["weight_sha256"])
+
+
+def test_a_stage_of_a_larger_batch_alone_is_compared_with_the_losses_before(tmp_path, staged):
+    target, engine = staged(weights={"a": 1.0}, batch_size=8)
+    with pytest.raises(UserError, match="losses spike again at step 12, after going back to step 8 2 times"):
+        run(target, tmp_path, engine=str(engine), unverified=True)
+
+
+def test_spikes_in_a_row_end_with_their_stage(tmp_path):
+    spikes = Spikes(z=6.0, window=4, repeats=2)
+    for step in range(1, 5):
+        spikes.sees(step, 2.0, stage=0)
+    spikes.sees(5, 9.0, stage=0)
+    spikes = Spikes(z=6.0, window=4, repeats=2, kept=json.loads(json.dumps(spikes.kept())))
+    assert not spikes.sees(6, 9.0, stage=1)
+    assert (spikes.first, spikes.in_a_row, spikes.total) == (None, 0, 1)
+    assert [spikes.sees(step, 5.0, stage=1) for step in range(7, 10)] == [False] * 3
 
 
 def test_zero_looks_for_none(tmp_path, spoiled):

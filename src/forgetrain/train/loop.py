@@ -45,7 +45,7 @@ from forgetrain.train.recheck import Recheck
 from forgetrain.train.saving import Saver
 from forgetrain.train.speed import Speed
 from forgetrain.train.spikes import Spikes, first_grown, sizes_of_taps
-from forgetrain.train.stages import mean_length, require_every_length, tokens_by_length
+from forgetrain.train.stages import comparable, mean_length, require_every_length, tokens_by_length
 from forgetrain.train.start import clear, find_start
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.tracking import Tracker
@@ -262,7 +262,8 @@ class Job:
             pauses = self.step % settings.eval_every == 0 or self.step % settings.checkpoint_every == 0 or ends
             for measured in lagged.ready(all=pauses):
                 self._note(measured, speed.tokens_per_second(measured.step, clock.seconds()), speed, display)
-                if measured.applied and self.spikes.sees(measured.step, measured.loss):
+                stage = comparable(self.loader.stages, measured.step - 1 + offset)
+                if measured.applied and self.spikes.sees(measured.step, measured.loss, stage):
                     self.seconds = before + clock.seconds()
                     return measured
             self.seconds = before + clock.seconds()

@@ -1,7 +1,7 @@
 """Loss spikes: found by their distance from the last losses, and undone when they do not pass.
 
     spikes = Spikes(z=6.0, window=64, repeats=3, kept=None)
-    if spikes.sees(step, loss):             # the third in a row: go back to a checkpoint that was good
+    if spikes.sees(step, loss, stage=0):    # the third in a row: go back to a checkpoint that was good
         spikes.rolled_back(step, back_to)   # the batches in between are left out: the cursor moves on
     spikes.kept()                           # into the manifest of every checkpoint
 
@@ -9,6 +9,8 @@ One spike is a bad batch and passes; the step has moved the weights before its l
 than counting it. Spikes in a row are bad weights. Then the run goes back to the newest checkpoint whose next step was
 no spike, and takes other batches from there, as PaLM's authors did (Chowdhery et al. 2022, section 5.1). All decisions
 are a function of the losses, and what they need is in the checkpoint, so a resumed run takes the same ones.
+
+Losses of another mixture or length are another text's: a stage that brings them is not compared with the one before.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ GROWN = 4.0
 
 
 class Spikes:
-    """Finds losses more than ``z`` standard deviations above the mean of the last ``window`` that were no spikes.
+    """Finds losses more than ``z`` standard deviations above the mean of the last ``window`` of the stage that were no
+    spikes.
 
     Nothing is judged before the window is full. z = 0 finds none. first: the step of the first spike of those in a row
     that are seen now, or None. total: spikes seen. offset: by how many batches the data is ahead of the steps.
@@ -39,6 +42,7 @@ class Spikes:
         """kept: what ``kept`` answered when the checkpoint was written that the run goes on from."""
         self.z, self.repeats = z, repeats
         self._losses: deque[float] = deque(maxlen=window)
+        self._stage: int | None = None  # of the losses in the window
         self.first: int | None = None
         self.in_a_row = self.total = self.offset = 0
         self.rollbacks: list[dict[str, Any]] = []
@@ -50,12 +54,14 @@ class Spikes:
     def _take(self, kept: Mapping[str, Any]) -> None:
         self._losses.clear()
         self._losses.extend(kept["losses"])
+        self._stage = kept.get("stage")  # checkpoints of earlier versions have none
         self.first, self.in_a_row = kept["first"], kept["in_a_row"]
 
     def kept(self) -> dict[str, Any]:
         """Plain values that JSON keeps to the last bit."""
         return {
             "losses": list(self._losses),
+            "stage": self._stage,
             "first": self.first,
             "in_a_row": self.in_a_row,
             "total": self.total,
@@ -73,10 +79,15 @@ class Spikes:
         deviation = max(statistics.pstdev(self._losses), LEAST_DEVIATION * abs(mean))
         return (loss - mean) / deviation if deviation else 0.0
 
-    def sees(self, step: int, loss: float) -> bool:
-        """Takes the loss of an applied step; true when it is the ``repeats``-th spike in a row."""
+    def sees(self, step: int, loss: float, stage: int = 0) -> bool:
+        """Takes the loss of an applied step; true when it is the ``repeats``-th spike in a row. The loss of another
+        ``stage`` begins a new window."""
         if not self.z:
             return False
+        if self._stage not in (None, stage):
+            self._losses.clear()
+            self.first, self.in_a_row = None, 0
+        self._stage = stage
         if self.score(loss) <= self.z:
             self._losses.append(loss)
             self.first, self.in_a_row = None, 0

@@ -3,6 +3,7 @@
     require_same_past(found, stages, target)            # when resuming
     require_every_length(engine, stages, target, ...)   # before the first step
     tokens_by_length(stages, 900, left_out=[])          # {4096: 3_000_000, 32768: 800_000}
+    comparable(stages, 900)                             # the stage whose losses a spike is one among
 
 Steps here are numbers of global batches, which are ahead of the run's steps once batches were left out.
 """
@@ -15,7 +16,7 @@ import torch
 
 from forgetrain.engine.contract import Batch, Engine, make_batch
 from forgetrain.errors import UserError
-from forgetrain.spec.stages import Stage, resolve, steps_before, taken_before
+from forgetrain.spec.stages import Stage, resolve, stage_at, steps_before, taken_before
 from forgetrain.spec.target import StageSpec, Target
 from forgetrain.train.checkpoint import Checkpoint
 
@@ -80,6 +81,19 @@ def tokens_by_length(stages: Sequence[Stage], number: int, left_out: Iterable[Se
         add(first, 1)
         add(end, -1)
     return {length: tokens for length, tokens in counts.items() if tokens}
+
+
+def comparable(stages: Sequence[Stage], number: int) -> int:
+    """Which stage the losses around batch ``number`` may be compared in: the first of those in a row up to it that have
+    its mixture and length. A larger batch alone makes a loss no harder."""
+    place = stages.index(stage_at(stages, number))
+    while place and _text(stages[place - 1]) == _text(stages[place]):
+        place -= 1
+    return place
+
+
+def _text(stage: Stage) -> tuple[int, dict[str, float]]:
+    return stage.sequence_length, dict(stage.weights)
 
 
 def mean_length(tokens: dict[int, int]) -> int:
