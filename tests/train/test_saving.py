@@ -92,8 +92,9 @@ def test_the_next_save_waits_for_the_one_before_and_old_ones_are_pruned(tmp_path
 def test_what_a_spike_would_go_back_to_is_kept_though_it_is_not_among_the_last(tmp_path, tokenizer):
     root = tmp_path / "checkpoints"
     with saver(root, keep_last=1) as behind:
+        facts = {"target": {"train": {"checkpoint_every": 2}}}
         for step, needed in ((2, 0), (3, 2), (4, 2), (6, 3)):
-            behind.start(Engine({"master/a": torch.zeros(2)}), step, {}, tokenizer, needed)
+            behind.start(Engine({"master/a": torch.zeros(2)}), step, facts, tokenizer, needed)
     assert sorted(path.name for path in root.iterdir()) == ["step-00000002", "step-00000006"]
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -141,6 +142,40 @@ def test_before_the_first_checkpoint_it_goes_back_to_the_beginning(tmp_path):
     assert [line["step"] for line in read_journal(tmp_path / target.name / "train/metrics.jsonl") if "lr" in line] == [
         *range(1, 31)
     ]
+
+
+@pytest.mark.parametrize(("every", "kept"), [(50, 12), (7, 14)])
+def test_a_checkpoint_of_another_interval_is_gone_back_to_and_kept(tmp_path, spoiled, every, kept):
+    target, engine = spoiled
+    options = {"engine": str(engine), "unverified": True}
+    run(target, tmp_path, stop_after=14, **options)  # saved: 12, and 14 by the interruption, whose batch spoiled it
+    root = tmp_path / target.name / "checkpoints"
+    seldom = target.model_copy(update={"train": target.train.model_copy(update={"checkpoint_every": every})})
+    shutil.copytree(tmp_path / target.name, tmp_path / "damaged")
+    summary = run(seldom, tmp_path, resume=True, stop_after=17, **options)
+    assert [(r["step"], r["back_to"]) for r in summary["rollbacks"]] == [(16, 12)]
+    for stop in (18, 19):
+        run(seldom, tmp_path, resume=True, stop_after=stop, **options)
+    assert [checkpoint.step_of(path) for path in checkpoint.steps_in(root)] == [19, 18, kept]
+
+    shutil.rmtree(tmp_path / target.name)
+    (tmp_path / "damaged").rename(tmp_path / target.name)
+    (root / "step-00000012" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(UserError, match="checkpoints: losses spike since step 15 and no good checkpoint from before"):
+        run(seldom, tmp_path, resume=True, **options)
+    assert (root / "step-00000014").is_dir()
+
+
+def test_it_goes_back_to_the_beginning_when_no_interval_had_passed_before(tmp_path, spoiled):
+    target, engine = spoiled
+    engine.write_text(
+        engine.read_text().replace("def load(self, weights):", "def load(self, weights):\n        self.steps = 0")
+    )
+    options = {"engine": str(engine), "unverified": True}
+    seldom = target.model_copy(update={"train": target.train.model_copy(update={"checkpoint_every": 50})})
+    run(seldom, tmp_path, stop_after=14, **options)
+    often = target.model_copy(update={"train": target.train.model_copy(update={"checkpoint_every": 15})})
+    assert [r["back_to"] for r in run(often, tmp_path, resume=True, **options)["rollbacks"]] == [0]
 
 
 @pytest.fixture

@@ -278,10 +278,30 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def regular(root: Path, every: int, at_most: int) -> list[Path]:
-    """The checkpoints at multiples of ``every`` up to step ``at_most``, newest first, unverified. What is decided by
-    them does not depend on where an interruption fell."""
-    return [path for path in steps_in(root) if step_of(path) % every == 0 and step_of(path) <= at_most]
+def regular(root: Path, at_most: int) -> list[Path]:
+    """The checkpoints up to step ``at_most`` that ``checkpoint_every`` asked for, newest first, unverified. What is
+    decided by them does not depend on where an interruption fell. The interval is that of each one's own manifest: a
+    run may be resumed with another."""
+    return [path for path in steps_in(root) if step_of(path) <= at_most and _is_regular(path)]
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return step_of(path) % _every(read_json(path / MANIFEST, _OTHER)) == 0
+    except UserError:  # damaged, and so nothing to go back to
+        return False
+
+
+def _every(manifest: dict[str, Any]) -> int:
+    return manifest["target"]["train"]["checkpoint_every"]
+
+
+def regular_was_due(found: Checkpoint | None, every: int, at_most: int) -> bool:
+    """Whether a run that goes on from ``found`` with the interval ``every`` has had a regular checkpoint up to step
+    ``at_most``."""
+    if found is None:
+        return at_most >= every
+    return at_most // every * every > found.step or min(at_most, found.step) >= _every(found.manifest)
 
 
 def prune(root: Path, keep_last: int, keep_every: int, needed: Path | None = None) -> None:

@@ -149,6 +149,7 @@ class Job:
     profile: Profile | None = None
     tracker: Tracker | None = None
     step: int = 0  # steps taken
+    came_from: checkpoint.Checkpoint | None = None  # what the engine was brought to last
     seconds: float = 0.0  # of steps, over all resumes
     held_out: dict[int, HeldOut] = field(default_factory=dict)
     last: Measured | None = None
@@ -211,6 +212,7 @@ class Job:
         """Brings an engine that has initial weights to a checkpoint; None is the beginning."""
         if found is not None:
             checkpoint.load(self.engine, found.path, self.world)
+        self.came_from = found
         self.step = self.saved = 0 if found is None else found.step
 
     def _past_losses(self) -> dict[int, HeldOut]:
@@ -314,13 +316,13 @@ class Job:
 
     def _newest_good(self, spike: Measured) -> checkpoint.Checkpoint | None:
         """The newest regular checkpoint from before the spikes that verifies; None is the beginning."""
-        every, until = self.target.train.checkpoint_every, self.spikes.newest_good(spike.step)
-        for path in checkpoint.regular(self.root, every, until):
+        until = self.spikes.newest_good(spike.step)
+        for path in checkpoint.regular(self.root, until):
             try:
                 return checkpoint.verify(path)
             except UserError as error:
                 say(self.console, f"passing over a damaged checkpoint: {error}", "yellow")
-        if until >= every:
+        if checkpoint.regular_was_due(self.came_from, self.target.train.checkpoint_every, until):
             raise UserError(
                 f"losses spike since step {self.spikes.first} and no good checkpoint from before is left",
                 file=self.root,

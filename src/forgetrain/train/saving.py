@@ -98,7 +98,7 @@ class Saver:
     ) -> None:
         """Copies the state after ``step`` steps and writes it behind; waits first for the save before.
 
-        needed: the newest checkpoint at a multiple of ``checkpoint_every`` up to this step is kept besides.
+        needed: the newest regular checkpoint up to this step is kept besides.
 
         Raises:
             UserError: the save before went wrong, for example on a full disk.
@@ -135,5 +135,5 @@ class Saver:
     def _prune(self, needed: int | None) -> None:
         settings, kept = self.settings, []
         if needed is not None:
-            kept = checkpoint.regular(self.root, settings.checkpoint_every, needed)[:1]
+            kept = checkpoint.regular(self.root, needed)[:1]
         checkpoint.prune(self.root, settings.keep_last, settings.keep_every, *kept)
