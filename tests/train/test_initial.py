@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from forgetrain.publish.hf import export_hf
 from forgetrain.publish.initial import check_initial
 from forgetrain.train.initial import FolderWeights
 from tests.corpus import built
+from tests.engine.toy import toy
 from tests.train.test_loop import losses, run
 
 
@@ -48,6 +50,52 @@ def test_a_run_killed_before_its_first_checkpoint_begins_with_the_same_weights(t
     assert "init_from" in run_record(tmp_path, target)
     run(target, tmp_path, restart=True)
     assert "init_from" not in run_record(tmp_path, target)
+
+
+#: An engine's losses of steps 15 and 16 spike in the first life alone; its weights hardly move.
+SPIKES = """loss = torch.tensor(5.0)
+        if self.steps in (15, 16) and not os.path.exists("spiked"): loss = loss + 4
+        if self.steps == 16: open("spiked", "w").close()"""
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """A run that began with a folder's weights, stopped at step 10, and will go back to the beginning at step 16."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"spike_window": 5, "spike_repeats": 2, "checkpoint_every": 20, "eval_every": 1000}
+    target, _ = built(tmp_path, recipe={"steps": 30, "lr": 1e-4}, train=settings)
+    run(target, tmp_path, stop_after=1)
+    folder = export_hf(tmp_path / target.name, tmp_path / "hf").folder
+    engine = toy(tmp_path, after=SPIKES)
+    head = "def load(self, weights):"
+    engine.write_text(engine.read_text().replace(head, f"{head}\n        self.steps = 0"))
+    options = {"engine": str(engine), "unverified": True}
+    whole = run(target, tmp_path, restart=True, init_from=folder, **options)
+    assert [rollback["back_to"] for rollback in whole["rollbacks"]] == [0]
+    Path("spiked").unlink()
+    run(target, tmp_path, restart=True, init_from=folder, stop_after=10, **options)
+    return lambda: run(target, tmp_path, resume=True, **options), folder, whole
+
+
+def test_a_resumed_run_goes_back_to_the_folders_weights(interrupted):
+    resume, _, whole = interrupted
+    resumed = resume()
+    assert resumed["rollbacks"] == whole["rollbacks"]
+    assert resumed["weight_sha256"] == whole["weight_sha256"]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_weights_to_go_back_to_that_are_gone_or_changed_are_refused_and_nothing_is_removed(tmp_path, interrupted, gone):
+    resume, folder, _ = interrupted
+    if gone:
+        folder.rename(folder.with_name("away"))
+    else:
+        weights = load_file(folder / "model.safetensors")
+        save_file({name: weight + 1 for name, weight in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"hf: (is gone|has changed since the run began)"):
+        resume()
+    [kept] = tmp_path.glob("*/checkpoints/step-*")
+    assert kept.name == "step-00000010"
 
 
 def test_sharded_weights_are_read(origin):

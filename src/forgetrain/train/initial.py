@@ -150,11 +150,19 @@ def find_initial(
     record = run / "train" / "run.json"
     known = read_json(record, "start again with --restart").get("init_from") if record.is_file() else None
     if asked is None and known is not None and not restart:
-        initial = FolderWeights(Path(known["folder"]), target)
-        if initial.facts()["files"] != known["files"]:
-            raise UserError("has changed since the run began", file=initial.folder, remedy="start again with --restart")
-        return initial
+        return recorded(known, target)
     return None if asked is None else FolderWeights(asked, target)
+
+
+def recorded(known: dict[str, Any], target: Target) -> FolderWeights:
+    """The folder that a run began with. Raises UserError when it is gone or holds other files than then."""
+    folder, remedy = Path(known["folder"]), "put it back and --resume, or start again with --restart"
+    if not folder.is_dir():
+        raise UserError("is gone, and the run needs the weights that it began with", file=folder, remedy=remedy)
+    initial = FolderWeights(folder, target)
+    if initial.facts()["files"] != known["files"]:
+        raise UserError("has changed since the run began", file=folder, remedy=remedy)
+    return initial
 
 
 def compared(

@@ -35,7 +35,7 @@ from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
 from forgetrain.train.evaluate import HeldOut, evaluate, past_evaluations
 from forgetrain.train.health import Health, check_result, first_bad_tap, save_evidence
-from forgetrain.train.initial import CheckInitial, FolderWeights, compared, described, find_initial
+from forgetrain.train.initial import CheckInitial, FolderWeights, compared, described, find_initial, recorded
 from forgetrain.train.lock import only_run
 from forgetrain.train.machine import memory_left, peak_memory
 from forgetrain.train.metrics import Clock, Journal, Lagged, Measured
@@ -294,6 +294,8 @@ class Job:
         """
         saver.wait()
         found = self.world.first(lambda: self._newest_good(spike))
+        if found is None and (known := self.init_from) is not None:  # before anything is removed
+            self.initial = self.world.each(lambda: recorded(known, self.target))
         back_to, kept = (0, None) if found is None else (found.step, found.manifest.get("spikes"))
         gives_up = self.spikes.times_back_to(back_to) >= self.target.train.rollback_limit
         batch = self.loader.batch_at(spike.step - 1 + self.spikes.offset)
