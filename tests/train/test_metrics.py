@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import resource
 import time
 from pathlib import Path
 
@@ -56,6 +57,29 @@ def test_steps_that_are_taken_again_replace_what_was_there(tmp_path):
     due = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
     assert [(line["step"], line["loss"]) for line in read_journal(tmp_path / "metrics.jsonl")] == due
     assert scalars(tmp_path)["loss"] == due
+
+
+@pytest.mark.parametrize("after", [200, 199])
+def test_a_full_disk_when_going_on_leaves_the_lines(tmp_path, after):
+    journal = Journal(tmp_path, 0)
+    for step in range(1, 201):
+        journal.write(step, loss=1.0)
+    journal.close()
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # a limit of a file's size is the full disk that any user can make
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        if after == 200:  # nothing is dropped, so nothing is written
+            Journal(tmp_path, after).close()
+        else:
+            with pytest.raises(UserError, match=r"metrics\.jsonl: cannot be written: file too large.*untouched"):
+                Journal(tmp_path, after)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == before
+    Journal(tmp_path, after).close()
+    assert [line["step"] for line in read_journal(path)] == [*range(1, after + 1)]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

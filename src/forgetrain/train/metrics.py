@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from forgetrain.durable import no_space_named
+from forgetrain.durable import no_space_named, write_text
 
 
 class Measured(NamedTuple):
@@ -103,9 +103,9 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._mirror = mirror
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in read_journal(self.path) if line["step"] <= step]
-        with no_space_named(self.path):
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        kept = "".join(json.dumps(line) + "\n" for line in read_journal(self.path) if line["step"] <= step)
+        if self.path.is_file() and self.path.read_text(encoding="utf-8") != kept:
+            write_text(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._events = Events(folder / "tensorboard", step)
 
