@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -242,6 +243,16 @@ def test_another_engine_at_resume_is_said(tmp_path):
     console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
     train(target, runs=tmp_path, console=console, resume=True, engine=str(toy(tmp_path)), unverified=True)
     assert "resuming with the engine" in console.export_text()
+
+
+def test_a_held_out_loss_beyond_the_checkpoint_is_not_that_of_the_new_weights(tmp_path):
+    target, _ = built(tmp_path, recipe={"steps": 8}, train={"checkpoint_every": 4, "keep_last": 3})
+    before = run(target, tmp_path)
+    shutil.rmtree(tmp_path / target.name / "checkpoints" / "step-00000008")
+    faster = target.model_copy(update={"recipe": target.recipe.model_copy(update={"lr": 1e-1})})
+    resumed = run(faster, tmp_path, resume=True)
+    assert resumed["held_out_loss"] != before["held_out_loss"]
+    assert read_journal(tmp_path / target.name / "train/metrics.jsonl")[-1]["held_out_loss"] == resumed["held_out_loss"]
 
 
 def test_metrics_beyond_the_checkpoint_are_dropped_at_resume(tmp_path):
