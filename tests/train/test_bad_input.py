@@ -167,11 +167,30 @@ def test_a_rank_that_does_not_come_is_named(tmp_path):
         one_line(err, "WORLD_SIZE:", "did not come within 3 s", "Start every rank")
 
 
+@pytest.mark.parametrize(
+    ("variable", "who"), [("TORCHELASTIC_RESTART_COUNT", "torchrun"), ("SLURM_RESTART_COUNT", "Slurm")]
+)
+def test_restart_given_again_by_a_launcher_goes_on(tmp_path, monkeypatch, command, variable, who):
+    target = write_target(tmp_path, steps=4)
+    assert command("data", "build", target)[0] == 0
+    monkeypatch.setenv(variable, "0")
+    for _ in range(2):  # the second throws the first away, as asked for
+        code, err = command("train", target, "--restart", "--stop-after", "2")
+        assert code == 0
+        assert "resuming" not in err
+    monkeypatch.setenv(variable, "1")
+    code, err = command("train", target, "--restart")
+    assert code == 0
+    assert f"{who} has started this run again: --restart goes on from the newest checkpoint, as --resume does" in err
+    assert "resuming at step 2" in err
+
+
 @pytest.mark.slow
-def test_torchrun_restarts_the_ranks_when_one_dies_and_the_weights_are_those_of_a_whole_run(tmp_path):
+@pytest.mark.parametrize("how", ["--resume", "--restart"])
+def test_torchrun_restarts_the_ranks_when_one_dies_and_the_weights_are_those_of_a_whole_run(tmp_path, how):
     target = write_target(tmp_path, steps=12)
     finish(forgetrain(tmp_path, "data", "build", target))
-    options = ("train", target, "--resume", "train.checkpoint_every=3")
+    options = ("train", target, how, "train.checkpoint_every=3")
     finish(forgetrain(tmp_path, *options, ranks=2))
     whole = checkpoint.newest(tmp_path / "runs/tiny/checkpoints", pytest.fail).manifest["files"]
     engine = (tmp_path / "runs/tiny/train/engine.py").read_text()

@@ -50,7 +50,7 @@ from forgetrain.train.start import clear, find_start
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.tracking import Tracker
 from forgetrain.train.verified import ChosenEngine, choose_engine, require_moments
-from forgetrain.train.world import World, start_world
+from forgetrain.train.world import World, start_world, started_again_by
 
 
 def train(
@@ -72,8 +72,9 @@ def train(
 
     engine: an engine file, ``megatron`` or ``transformers``; None takes the run's aligned engine, or the textbook one.
     unverified: take an engine file that no gate has passed. resume: go on from the newest good checkpoint, or start
-    when there is none. restart: throw the run's checkpoints and metrics away first. stop_after: stop after so many
-    steps, as an interruption would; the schedule is still the target's.
+    when there is none. restart: throw the run's checkpoints and metrics away first; resume where torchrun or Slurm has
+    started the command again. stop_after: stop after so many steps, as an interruption would; the schedule is still the
+    target's.
     dry_run: check everything before the first step, and return the plan (``preflight``). profile_steps: the first and
     last step that torch.profiler records. init_from: a Hugging Face folder with the weights of step 0; check_initial
     compares them with transformers' model, and its figures go into run.json.
@@ -92,6 +93,12 @@ def train(
         world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:
             console = Console(quiet=True)
+        if restart and (who := started_again_by()) is not None:  # or each lost rank would throw the run away
+            say(
+                console,
+                f"{who} has started this run again: --restart goes on from the newest checkpoint, as --resume does",
+            )
+            resume, restart = True, False
         chosen = world.first(lambda: choose_engine(target, run, engine, unverified=unverified))
         world.first(lambda: _check_data(target, run))
         data = open_data(run / "data", target, verify=False)

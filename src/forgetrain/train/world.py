@@ -147,6 +147,12 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def started_again_by() -> str | None:
+    """The launcher that gave this command anew after a rank or a node was lost, by what it counts itself; or None."""
+    counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "Slurm": "SLURM_RESTART_COUNT"}
+    return next((who for who, key in counts.items() if os.environ.get(key, "0") != "0"), None)
+
+
 def _asked_for() -> tuple[int, int, int]:
     """WORLD_SIZE, RANK and LOCAL_RANK, as torchrun sets them; without them, one process."""
     found = {}
