@@ -67,6 +67,39 @@ def ready(tmp_path):
     return target
 
 
+#: Torch's time-out of 30 minutes as 2 seconds; rank 0 then works for 5.
+SLOW_FIRST = """
+import time
+from datetime import timedelta
+import torch.distributed as dist
+from forgetrain.train.world import start_world
+
+real = dist.new_group
+dist.new_group = lambda *ranks, **options: real(*ranks, **{"timeout": timedelta(seconds=2), **options})
+with start_world(device="cpu", threads=1) as world:
+    for each in (world, world.beside()):
+        assert each.first(lambda: time.sleep(5) or "done") == "done"
+"""
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_what_rank_0_does_alone():
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(free_port())
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW_FIRST],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in (0, 1)
+    ]
+    for process in ranks:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+
+
 def test_who_leaves_leaves_no_thread_behind_that_python_would_meet_in_the_store_at_its_end():
     store, gone = TCPStore("127.0.0.1", 0, 1, True), []
     PrefixStore("peers", store).set("place/1", json.dumps({"place": "elsewhere", "pid": 1}))

@@ -134,8 +134,9 @@ def start_world(*, device: str, threads: int, parallel: Parallel = _ALONE) -> It
     try:
         with Peers(store, rank, size):
             mesh = make_mesh(device, size, parallel)
-            control = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-            background = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            control, background = (
+                cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE)) for _ in range(2)
+            )
             yield World(rank, size, place, mesh, control, background, parallel)
             dist.barrier(control)  # rank 0 may hold the store, so it leaves with the last
     finally:
@@ -239,6 +240,9 @@ def _left(until: float) -> timedelta:
     return timedelta(seconds=max(seconds, 0.1))
 
 
+#: So long ranks wait for what one does alone, such as hashing the data: as long as it takes. That one has died is
+#: ``Peers``' to find; torch's time-out of 30 minutes would end a run whose data are large.
+_PATIENCE = timedelta(days=30)
 _ROUND = 2.0  # seconds that rank 0 waits for answers before it looks again who is there
 
 
