@@ -1,7 +1,5 @@
 """The held-out loss of each source, under the name that the target gives it."""
 
-import pytest
-
 from forgetrain.data.build import build_data
 from tests.corpus import corpus_target
 from tests.train.test_loop import run
@@ -27,9 +25,3 @@ def test_two_sources_of_one_folder_have_a_loss_each(tmp_path):
     assert list(each) == ["en", "de"]
     assert min(each.values()) < summary["held_out_loss"] < max(each.values())
     assert run(target, tmp_path, resume=True)["held_out_losses"] == each
-
-
-def test_sources_of_one_name_are_counted_together(tmp_path):
-    target = two_globs_of_one_folder(tmp_path, None, None)
-    summary = run(target, tmp_path)
-    assert summary["held_out_losses"] == {str(tmp_path / "corpus"): pytest.approx(summary["held_out_loss"])}

@@ -1,19 +1,16 @@
 """The held-out loss of a run, over all sources and of each.
 
-held_out = evaluate(engine, loader, world, limit=256, names=names_of(data, target))
+held_out = evaluate(engine, loader, world, limit=256)
 held_out.loss, held_out.by_source["wiki"]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from forgetrain.data.folder import DataFolder
 from forgetrain.data.loader import Loader
 from forgetrain.engine.contract import Engine
-from forgetrain.spec.target import Target
 from forgetrain.train.metrics import read_journal
 from forgetrain.train.world import World
 
@@ -32,29 +29,20 @@ class HeldOut(NamedTuple):
         return {"held_out_loss": self.loss} | {_EACH + name: loss for name, loss in each.items()}
 
 
-def names_of(data: DataFolder, target: Target) -> list[str]:
-    """What the target calls the sources of its data; by their paths in a folder of an earlier version, which may have
-    been built from others."""
-    built, asked = [source.name for source in data.sources], target.data.sources
-    return [source.label for source in asked] if built == [source.path for source in asked] else built
-
-
-def evaluate(engine: Engine, loader: Loader, world: World, limit: int | None, names: Sequence[str]) -> HeldOut:
-    """Every rank calls it; ``limit`` bounds the windows. A source without held-out tokens is left out, and those of one
-    name are counted together."""
+def evaluate(engine: Engine, loader: Loader, world: World, limit: int | None) -> HeldOut:
+    """Every rank calls it; ``limit`` bounds the windows. A source without held-out tokens is left out."""
     whole = tokens = 0.0
-    sums: dict[str, tuple[float, float]] = {}
-    for number, name in enumerate(names):
+    by_source = {}
+    for number, source in enumerate(loader.data.sources):
         total = counted = 0.0
         for batch, weight in loader.held_out(limit, source=number):
             loss = float(engine.loss(batch))  # every rank calls it: an engine may speak with the others in it
             total, counted = total + (loss * weight if weight else 0.0), counted + weight
         total, counted = world.sum(total, counted)
         if counted:
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = before[0] + total, before[1] + counted
+            by_source[source.name] = total / counted
         whole, tokens = whole + total, tokens + counted
-    return HeldOut(whole / tokens, {name: total / counted for name, (total, counted) in sums.items()})
+    return HeldOut(whole / tokens, by_source)
 
 
 def past_evaluations(journal: Path, only: str) -> dict[int, HeldOut]:

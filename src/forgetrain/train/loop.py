@@ -33,7 +33,7 @@ from forgetrain.spec.stages import stage_at
 from forgetrain.spec.target import Target
 from forgetrain.train import checkpoint
 from forgetrain.train.display import Display, say
-from forgetrain.train.evaluate import HeldOut, evaluate, names_of, past_evaluations
+from forgetrain.train.evaluate import HeldOut, evaluate, past_evaluations
 from forgetrain.train.health import Health, check_result, first_bad_tap, save_evidence
 from forgetrain.train.initial import CheckInitial, FolderWeights, compared, described, find_initial, recorded
 from forgetrain.train.lock import only_run
@@ -224,8 +224,7 @@ class Job:
 
     def _past_losses(self) -> dict[int, HeldOut]:
         """Those up to the checkpoint: what came after it was of weights that are no more."""
-        names = names_of(self.data, self.target)
-        past = past_evaluations(self.run / "train" / "metrics.jsonl", names[0])
+        past = past_evaluations(self.run / "train" / "metrics.jsonl", self.data.sources[0].name)
         return {step: held_out for step, held_out in past.items() if step <= self.step}
 
     def run_steps(self, stop: Stop, saver: Saver, last: int) -> dict[str, Any]:
@@ -387,8 +386,7 @@ class Job:
         return f"{numbers}  {speed}  data {epoch:.2f}{memory_left(self.world.device)}{skipped}"
 
     def _evaluate(self, display: Display, limit: int | None) -> None:
-        names = names_of(self.data, self.target)
-        held_out = self.held_out[self.step] = evaluate(self.engine, self.loader, self.world, limit, names)
+        held_out = self.held_out[self.step] = evaluate(self.engine, self.loader, self.world, limit)
         if self.journal is not None:
             self.journal.write(self.step, **held_out.line())
         each = "".join(f"  {name} {loss:.4f}" for name, loss in held_out.by_source.items())
