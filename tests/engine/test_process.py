@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -221,6 +223,18 @@ def test_a_paused_engine_uses_no_time(tmp_path):
         assert engine.usage().cpu_seconds - before <= 0.03
         engine.resume()
         engine.step(BATCH, 0.1)
+
+
+def test_an_engine_that_works_while_it_is_stopped_is_found(tmp_path):
+    work = "import threading; threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()"
+    with EngineProcess(toy(tmp_path, step=work), TARGET) as engine:
+        engine.load(WEIGHTS)
+        engine.step(BATCH, 0.1)
+        engine.pause()
+        os.kill(engine._process.pid, signal.SIGCONT)  # as a timer of its own can
+        time.sleep(0.4)
+        with pytest.raises(EngineFailure, match=r"used 0\.\d+ s of a processor while it was stopped for 0\.\d+ s"):
+            engine.resume()
 
 
 def some_steps(engine: EngineProcess) -> None:

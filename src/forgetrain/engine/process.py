@@ -36,6 +36,8 @@ from forgetrain.spec.target import Target
 
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 _TOLD = 8000  # characters that are kept of an exception's text, which a stranger wrote
+#: What a stopped tree may use of a processor, in seconds and as a share of its pauses: time is counted in hundredths.
+_AWAKE = (0.05, 0.05)
 _WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
 
 
@@ -44,7 +46,8 @@ class EngineFailure(Exception):
 
     ``kind``: ``raised`` (an exception in the engine), ``crashed`` (the process ended), ``timeout``, ``garbage`` (not
     the protocol, or a wrong name, shape or dtype), ``disagree`` (ranks that must be equal are not), ``limit`` (too
-    many processes or too much memory). ``detail``: the traceback of what was raised, else empty.
+    many processes, too much memory, or work while it was stopped). ``detail``: the traceback of what was raised, else
+    empty.
     """
 
     def __init__(self, kind: str, message: str, detail: str = ""):
@@ -97,6 +100,8 @@ class EngineProcess:
         self.device = device or target.hardware.device
         self._shapes = target.model.parameter_shapes()
         self._failure: EngineFailure | None = None
+        self._paused = time.monotonic(), 0.0
+        self._stopped = self._stolen = 0.0  # seconds of all pauses, and of a processor within them
         self._killing = threading.Lock()
         flat = str(module).endswith(".py")
         if flat and not Path(module).is_file():
@@ -234,8 +239,16 @@ class EngineProcess:
     def pause(self) -> None:
         """Stops every process of the engine, so that it cannot work while another one is on the clock."""
         tree.send_signal(self._process.pid, signal.SIGSTOP)
+        self._paused = time.monotonic(), self.usage().cpu_seconds
 
     def resume(self) -> None:
+        """Raises EngineFailure for one that has worked while it was stopped: a timer of its own can wake it."""
+        began, used = self._paused
+        self._stopped += time.monotonic() - began
+        self._stolen += self.usage().cpu_seconds - used
+        if self._stolen > _AWAKE[0] + _AWAKE[1] * self._stopped:
+            text = f"the engine used {self._stolen:.2f} s of a processor while it was stopped for {self._stopped:.2f} s"
+            raise self._fail("limit", text)
         tree.send_signal(self._process.pid, signal.SIGCONT)
 
     def usage(self) -> tree.Usage:
