@@ -109,7 +109,8 @@ def test_what_an_agent_leaves_behind_in_sessions_of_its_own_ends_with_it(tmp_pat
 
 #: Imports once, and forks three that ask the agent.
 LOOPS = """
-import os, sys, tempfile
+import os, signal, sys, tempfile
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
 tempfile.tempdir = sys.argv[1]
 from forgetrain.forge.proposers.agent import Agent
 from tests.forge.proposers.briefs import brief
