@@ -364,7 +364,7 @@ class _Job:
 
     def export(self, progress: Progress) -> None:
         progress("writing", 0.0)
-        exported = export_hf(Path(self.summary["checkpoint"]), self.folder / "export" / "hf")
+        exported = export_hf(Path(self.summary["checkpoint"]), self.folder / "export" / "hf", say=self.watcher.say)
         progress("comparing logits", 0.5)
         parity = logits_parity(exported)
         self.exported = exported.folder

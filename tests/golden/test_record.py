@@ -176,7 +176,7 @@ def test_what_bits_do_not_depend_on_does_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("torch", "2.11.0"), ("threads", 1), ("processor", "another"), ("megatron-core", "0.19.2")]
+    ("key", "value"), [("torch", "0.0"), ("threads", 1), ("processor", "another"), ("megatron-core", "0.19.2")]
 )
 def test_another_environment_does_not_fit(key, value, tmp_path):
     record = write(tmp_path / "golden")
