@@ -192,8 +192,9 @@ def test_printing_disturbs_nothing_and_is_kept_bounded(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_other(tmp_path):
-    path = toy(tmp_path, step="os._exit(9) if self.rank == 1 else None")
+@pytest.mark.parametrize("other", ["None", "exec('raise RuntimeError(0)')"], ids=["waits for it", "complains of it"])
+def test_a_rank_that_dies_ends_the_other(tmp_path, other):
+    path = toy(tmp_path, step=f"(exec('import time; time.sleep(0.3)'), os._exit(9)) if self.rank == 1 else {other}")
     started = time.monotonic()
     with EngineProcess(path, TARGET, ranks=2) as engine:
         engine.load(WEIGHTS)

@@ -38,6 +38,7 @@ STATE_KINDS = ("master", "exp_avg", "exp_avg_sq", "step")
 _TOLD = 8000  # characters that are kept of an exception's text, which a stranger wrote
 #: What a stopped tree may use of a processor, in seconds and as a share of its pauses: time is counted in hundredths.
 _AWAKE = (0.05, 0.05)
+_LATE = 1.0  # seconds in which a rank's death may come to be known after what it made another rank raise
 _WATCH = 0.25  # seconds between looks at a limited process tree: each look reads /proc, about 3 ms
 
 
@@ -346,6 +347,10 @@ class EngineProcess:
             return self._channels[rank].receive(deadline, check_or_error)
         except _Raised as error:
             detail = str(error).strip()
+            if (
+                self.ranks > 1 and self._exit_status(_LATE) is not None
+            ):  # what it raised, it raised over another's death
+                raise self._fail(*self._obituary()) from None
             raise self._fail("raised", f"the engine raised {detail.rpartition(chr(10))[2][:400]}", detail) from None
         except ProtocolError as error:
             raise self._fail("garbage", f"{admit.printable(str(error))}{self._last_line()}") from None
