@@ -38,6 +38,11 @@ def servers(module=""):
     return [server for key, server in launch._fork_servers.items() if key[:3] == mine and server.alive]
 
 
+def ran(script):
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
+
+
 def test_a_module_is_imported_before_its_engines_are_forked(tmp_path, monkeypatch):
     (tmp_path / "ready_made.py").write_text(MODULE.format(folder=str(tmp_path)))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
@@ -120,9 +125,7 @@ def test_a_server_ends_with_its_parent():
         "print(_fork_server('', 0, strangers_environment('cpu'))._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, cwd=Path(__file__).parents[2], check=False
-    )
+    done = ran(script)
     assert gone(int(done.stdout), seconds=20)  # it imports torch first
 
 
@@ -138,9 +141,7 @@ def test_an_interruption_while_a_server_starts_leaves_none():
         "subprocess.Popen = Interrupted\n"
         "_fork_server('', 0, strangers_environment('cpu'))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, cwd=Path(__file__).parents[2], check=False
-    )
+    done = ran(script)
     assert done.returncode == -signal.SIGINT
     assert gone(int(done.stdout), seconds=0.5)  # much less than it takes to import torch
 
@@ -159,8 +160,6 @@ def test_a_reference_imports_nothing_large_after_its_fork(reference):
         "module.build(target.plain(), device='cpu', precision='fp32')\n"
         "print(len(set(sys.modules) - before))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
-    )
+    done = ran(script)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) < 60

@@ -212,9 +212,12 @@ def test_ranks_that_disagree_are_refused(tmp_path):
             engine.step(BATCH, 0.1)
 
 
+#: A step after which a thread works on for ever.
+BUSY = "import threading; threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()"
+
+
 def test_a_paused_engine_uses_no_time(tmp_path):
-    work = "import threading; threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()"
-    with EngineProcess(toy(tmp_path, step=work), TARGET) as engine:
+    with EngineProcess(toy(tmp_path, step=BUSY), TARGET) as engine:
         engine.load(WEIGHTS)
         engine.step(BATCH, 0.1)
         engine.pause()
@@ -227,8 +230,7 @@ def test_a_paused_engine_uses_no_time(tmp_path):
 
 
 def test_an_engine_that_works_while_it_is_stopped_is_found(tmp_path):
-    work = "import threading; threading.Thread(target=lambda: [0 for _ in iter(int, 1)], daemon=True).start()"
-    with EngineProcess(toy(tmp_path, step=work), TARGET) as engine:
+    with EngineProcess(toy(tmp_path, step=BUSY), TARGET) as engine:
         engine.load(WEIGHTS)
         engine.step(BATCH, 0.1)
         engine.pause()

@@ -347,9 +347,8 @@ class EngineProcess:
             return self._channels[rank].receive(deadline, check_or_error)
         except _Raised as error:
             detail = str(error).strip()
-            if (
-                self.ranks > 1 and self._exit_status(_LATE) is not None
-            ):  # what it raised, it raised over another's death
+            # what it raised, it may have raised over another rank's death
+            if self.ranks > 1 and self._exit_status(_LATE) is not None:
                 raise self._fail(*self._obituary()) from None
             raise self._fail("raised", f"the engine raised {detail.rpartition(chr(10))[2][:400]}", detail) from None
         except ProtocolError as error:
