@@ -214,7 +214,7 @@ class Loop:
         brief = self._brief(parent, budget, before, step.notes)
         with spending(self.ledger, id, began):
             answer = proposer.propose(brief)
-        self.ledger.spend(id, seconds=time.monotonic() - began, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
+        self.ledger.spend(id, tokens=answer.cost.tokens, dollars=answer.cost.dollars)
         if isinstance(answer, NoProposal):
             self.ledger.end_attempt(id, "failed", reason=answer.reason, seconds=time.monotonic() - began)
             self.say(f"attempt {len(history)}, {proposer.name}: nothing: {answer.reason}")
