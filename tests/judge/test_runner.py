@@ -122,6 +122,20 @@ def test_a_candidate_that_breaks_fails_its_gate_and_the_judge_goes_on(tmp_path):
     assert "SyntaxError" in failed.explanation
 
 
+def test_a_norm_may_be_off_by_what_the_gradients_of_a_known_good_engine_are(tmp_path, monkeypatch):
+    """MiniCPM4-0.5B's in bf16 were 9% off, and its gradients 40%, whoever computed them."""
+    monkeypatch.setitem(trials.SCALARS["bf16"], "grad_norm", 0.0)
+    wrong = tmp_path / "wrong.py"
+    source = textbook(tmp_path, "bf16").read_text()
+    wrong.write_text(source.replace("StepResult(loss, norm, applied)", "StepResult(loss, norm * 1.1, applied)"))
+    assert wrong.read_text() != source
+    with make_judge(tmp_path, "bf16") as judge:
+        assert judge.judge(tmp_path / "textbook.py", gates=("contract",)).passed
+        failed = judge.judge(wrong, gates=("contract",)).first_failure()
+    assert failed is not None
+    assert "at the first step grad_norm is" in failed.explanation
+
+
 @pytest.mark.parametrize("raised", [OverflowError("too large"), RecursionError(), ValueError("x" * 9999), KeyError(1)])
 def test_what_a_candidates_numbers_raise_in_a_gate_is_its_failure(tmp_path, monkeypatch, raised):
     def evidence(trial):

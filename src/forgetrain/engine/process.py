@@ -114,6 +114,9 @@ class EngineProcess:
         watched = {name: limits.pop(name) for name in ("processes", "resident", "written") if name in limits}
         pairs = [socket.socketpair() for _ in range(ranks)]
         self._channels = [Channel(ours) for ours, _ in pairs]
+        if self.device == "cuda":
+            for channel in self._channels:
+                channel.keep_memory()
         numbers = [theirs.fileno() for _, theirs in pairs]
         try:
             self._process = launch(module, numbers, limits, self.device, wrap, origin)

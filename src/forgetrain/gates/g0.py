@@ -27,7 +27,8 @@ def relative_errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         found = actual.get(name)
         error = torch.inf
         if found is not None and found.shape == due.shape:
-            distance, scale = (found.double() - due.double()).norm(), due.double().norm()
+            exact = due.double()
+            distance, scale = (found.to(exact) - exact).norm(), exact.norm()
             error = float(distance / scale) if scale > 0 else float(distance)
         errors[name] = error if error == error else torch.inf
     return errors

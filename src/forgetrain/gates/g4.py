@@ -53,8 +53,15 @@ class ErrorPool:
         self.kinds: dict[str, _Pool] = {}
         self.batches = 0
 
+    @property
+    def relative(self) -> float:
+        """‖error‖ / ‖value‖ over all that was added."""
+        pools = self.kinds.values()
+        return math.sqrt(math.fsum(p.squared_error for p in pools) / math.fsum(p.squared_value for p in pools))
+
     def add_batch(self, oracle: Iterable[tuple[str, Tensor]], values: Iterable[tuple[str, Tensor]]) -> None:
-        """Both streams name the same tensors in the same order; the oracle's are float64.
+        """Both streams name the same tensors in the same order; the oracle's are float64, and errors are computed where
+        they lie.
 
         Raises:
             ValueError: names or shapes do not fit.
@@ -66,7 +73,7 @@ class ErrorPool:
             if exact.numel() <= 1:
                 continue
             pool = self.kinds.setdefault(kind_of(name), _Pool())
-            error = value.double() - exact
+            error = value.to(exact) - exact
             pool.squared_error += float(error.square().sum())
             pool.squared_value += float(exact.square().sum())
             pool.count += exact.numel()

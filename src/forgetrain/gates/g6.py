@@ -30,14 +30,22 @@ class Repeat:
     declared_band: float | None = None
 
 
-def weight_distance(found: Mapping[str, Tensor], reference: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> float:
-    """‖found - reference‖ / ‖reference - start‖ over all weights, in float64: 0 is equal, 1 as far as training went.
+def weight_distance(
+    found: Mapping[str, Tensor], reference: Mapping[str, Tensor], start: Mapping[str, Tensor], device: str = "cpu"
+) -> float:
+    """‖found - reference‖ / ‖reference - start‖ over all weights, in float64 on ``device``: 0 is equal, 1 as far as
+    training went.
 
     Raises:
         KeyError: a weight is missing.
     """
-    apart = math.fsum(float((found[n].double() - reference[n].double()).square().sum()) for n in reference)
-    moved = math.fsum(float((reference[n].double() - start[n].double()).square().sum()) for n in reference)
+
+    def squares(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> float:
+        exact = (each[name].to(device, torch.float64) for each in (one, other))
+        return float(torch.sub(*exact).square().sum())
+
+    apart = math.fsum(squares(found, reference, name) for name in reference)
+    moved = math.fsum(squares(reference, start, name) for name in reference)
     if moved == 0.0:
         return 0.0 if apart == 0.0 else math.inf
     return math.sqrt(apart / moved)

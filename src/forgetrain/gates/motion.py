@@ -41,10 +41,11 @@ class Answer(NamedTuple):
     applied: bool
 
 
-def motion_of(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Motion]:
+def motion_of(before: Mapping[str, Tensor], after: Mapping[str, Tensor], device: str = "cpu") -> dict[str, Motion]:
+    """``device``: where it is computed."""
     found = {}
     for name, old in before.items():
-        added = after[name] - old
+        added = after[name].to(device) - old.to(device)
         rms = math.sqrt(float(added.double().square().mean()))
         found[name] = Motion(int((added == 0).sum()), added.numel(), rms)
     return found

@@ -14,6 +14,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from forgetrain.gates.verdict import Verdict
 from forgetrain.spec.moments import average_decay
 from forgetrain.spec.taps import kind_of
@@ -38,14 +40,15 @@ class Outcome(NamedTuple):
 
 
 def replay_distance(
-    before: Mapping[str, Any], found: Outcome, due: Outcome, recipe: Recipe, steps: int
+    before: Mapping[str, Any], found: Outcome, due: Outcome, recipe: Recipe, steps: int, device: str = "cpu"
 ) -> dict[str, float]:
-    """Distance of the first moments by kind of parameter, and of what was returned as ``loss`` and ``grad_norm``."""
+    """Distance of the first moments by kind of parameter, and of what was returned as ``loss`` and ``grad_norm``;
+    computed on ``device``."""
 
     def kept(name: str, dimensions: int) -> float:
         return average_decay(recipe, name, dimensions) ** steps
 
-    distances = _added(before, found, due, "exp_avg", kept, 0)
+    distances = _added(before, found, due, "exp_avg", kept, 0, device)
     pairs = {"loss": (found.losses, due.losses), "grad_norm": (found.norms, due.norms)}
     for name, (mine, theirs) in pairs.items():
         apart = [abs(a - b) / abs(b) for a, b in zip(mine, theirs, strict=True)]
@@ -54,12 +57,12 @@ def replay_distance(
     return distances
 
 
-def step_distance(before: Mapping[str, Any], found: Outcome, due: Outcome) -> dict[str, float]:
-    """Distance of what the block did to masters and second moments, by kind of parameter and state."""
+def step_distance(before: Mapping[str, Any], found: Outcome, due: Outcome, device: str = "cpu") -> dict[str, float]:
+    """Distance of what the block did to masters and second moments, by kind of parameter and state; on ``device``."""
     return {
         f"{kind}#{state}": distance
         for state in _STEPS
-        for kind, distance in _added(before, found, due, state, lambda name, dimensions: 1.0, _FEW).items()
+        for kind, distance in _added(before, found, due, state, lambda name, dimensions: 1.0, _FEW, device).items()
     }
 
 
@@ -70,6 +73,7 @@ def _added(
     state: str,
     kept: Callable[[str, int], float],
     few: int,
+    device: str,
 ) -> dict[str, float]:
     """By kind of parameter, how far what was added to this state is from what is due, relative to that.
 
@@ -79,7 +83,9 @@ def _added(
     for key in before:
         if key.startswith(f"{state}/"):
             name = key.removeprefix(f"{state}/")
-            old, mine, theirs = (tensors[key].tensor.double() for tensors in (before, found.state, due.state))
+            old, mine, theirs = (
+                tensors[key].tensor.to(device, torch.float64) for tensors in (before, found.state, due.state)
+            )
             kind = kind_of(name)
             square = (mine - theirs).square().flatten()
             worst = square.topk(min(few, len(square))).values

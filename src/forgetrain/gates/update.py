@@ -48,9 +48,11 @@ def update(
     recipe: Recipe,
     *,
     grad_norm: float | None = None,
+    device: str = "cpu",
     sandboxed: bool = False,
 ) -> Verdict:
     """``before`` and ``after`` are states of Shards around one applied step; ``grad_norm`` when it was the first.
+    ``device``: where the formulas are computed.
 
     ``statistic``: the worst element's error, as a share of what rounding explains."""
     t = int(after["step"].tensor)
@@ -63,7 +65,9 @@ def update(
             continue
         muon = by_muon(recipe, name, before[key].tensor.dim())
         kinds = ("master", "exp_avg") if muon else ("master", "exp_avg", "exp_avg_sq")
-        pairs = [[state[f"{kind}/{name}"].tensor.double() for state in (before, after)] for kind in kinds]
+        pairs = [
+            [state[f"{kind}/{name}"].tensor.to(device, torch.float64) for state in (before, after)] for kind in kinds
+        ]
         errors, g = _muon_errors(pairs, lr, recipe) if muon else _errors(pairs, lr, t, recipe)
         squares += float(g.square().sum())
         for what, share in errors.items():

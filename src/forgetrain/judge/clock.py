@@ -104,7 +104,7 @@ def race(
         lane.warm_up = [_timed_step(engine, stream.at(step), stream.rate(step), lane) for step in range(warm_up)]
         state = engine.state()
         before[engine] = masters(state)
-        lane.motions.append(motion_of(weights, before[engine]))
+        lane.motions.append(motion_of(weights, before[engine], engine.device))
         if engine is candidate:
             replays.append(Replay(0, warm_up, start, _outcome(lane.answers, state)))
             kept = state
@@ -124,7 +124,7 @@ def race(
             lane.fetches.append(time.perf_counter() - began)
             engine.pause()
             now = masters(state)
-            lane.motions.append(motion_of(before[engine], now))
+            lane.motions.append(motion_of(before[engine], now, engine.device))
             before[engine] = now
             if engine is candidate:
                 if block in chosen:

@@ -21,11 +21,15 @@ State = dict[str, Shard]
 SCALARS = {"fp32": {"loss": 1e-3, "grad_norm": 5e-3}, "bf16": {"loss": 2e-2, "grad_norm": 5e-2}}
 
 
-def trajectory(engine: EngineProcess, stream: Stream, first: int, last: int) -> Iterator[StepRecord]:
-    """Steps ``first`` to ``last`` - 1 of a stream, each batch sent only when the one before it has been answered."""
+def trajectory(
+    engine: EngineProcess, stream: Stream, first: int, last: int, *, hashed: bool = True
+) -> Iterator[StepRecord]:
+    """Steps ``first`` to ``last`` - 1 of a stream, each batch sent only when the one before it has been answered.
+    ``hashed``: with the weights' hashes, which of a billion parameters take seconds each."""
     for step in range(first, last):
         result = engine.step(stream.at(step), stream.rate(step))
-        yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), engine.weight_hash())
+        digest = engine.weight_hash() if hashed else ""
+        yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), digest)
 
 
 def from_weights(engine: EngineProcess, weights: Mapping[str, Tensor], stream: Stream, steps: int) -> list[StepRecord]:

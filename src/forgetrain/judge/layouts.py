@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: Steps of G9's runs, and how many lie between two checkpoints.
 _COMMAND_STEPS, _COMMAND_CHECKPOINT = 12, 2
+#: What of a state G3 compares: the rest follows from it, or is in the hash.
+_COMPARED = ("exp_avg",)
 
 
 def layout_of(target: Target, ranks: int) -> str:
@@ -105,11 +107,11 @@ class _Run:
 
 
 def _go_on(
-    engine: EngineProcess, first: list[StepRecord], stream: Stream, steps: int
+    engine: EngineProcess, first: list[StepRecord], stream: Stream, steps: int, *, hashed: bool = True
 ) -> tuple[list[StepRecord], float]:
     """After the first step an evaluation and the other steps -> all records, and the evaluation."""
     evaluation = float(engine.loss(stream.at(steps)))
-    return [*first, *trajectory(engine, stream, 1, steps)], evaluation
+    return [*first, *trajectory(engine, stream, 1, steps, hashed=hashed)], evaluation
 
 
 def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: Any) -> _Run:
@@ -118,10 +120,10 @@ def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: An
     with trial.apart() as apart:  # what is not in the state must not come by way of a folder
         with trial.process(target, **options) as engine:
             engine.load(weights)
-            before = engine.state()
+            before = engine.state(_COMPARED)
             first = list(trajectory(engine, stream, 0, 1))
             state = engine.state()
-            training = _Training(*_go_on(engine, first, stream, steps), engine.state())
+            training = _Training(*_go_on(engine, first, stream, steps), engine.state(_COMPARED))
             deterministic = engine.deterministic
         with apart.process(target, **options) as engine:
             engine.restore(state)
@@ -156,8 +158,11 @@ def _near(trial: Trial, precision: str) -> Verdict:
 
     def trained(module: str | Path, ranks: int, precision: str) -> _Training:
         with judge.trusted(module, target, ranks=ranks, precision=precision) as engine:
-            first = from_weights(engine, weights, stream, 1)
-            return _Training(*_go_on(engine, first, stream, judge.effort.g3_steps), engine.state())
+            engine.load(weights)
+            first = list(trajectory(engine, stream, 0, 1, hashed=False))
+            return _Training(
+                *_go_on(engine, first, stream, judge.effort.g3_steps, hashed=False), engine.state(_COMPARED)
+            )
 
     kept = target.precision.kept if precision == target.precision.dtype else precision
     due = trained(judge.reference, ranks // target.parallel.sharing, kept)
@@ -165,8 +170,8 @@ def _near(trial: Trial, precision: str) -> Verdict:
     run = _run(trial, stream, weights, ranks=ranks, precision=precision)
     layout = layout_of(target, ranks)
     return g3_near(
-        _distances(target, run.before, run.training, due),
-        _distances(target, run.before, known_good, due),
+        _distances(target, run.before, run.training, due, judge.device),
+        _distances(target, run.before, known_good, due, judge.device),
         run.training.records[1:],
         run.resumed,
         layout=layout if precision == target.precision.dtype else f"{layout} in {precision}",
@@ -176,14 +181,14 @@ def _near(trial: Trial, precision: str) -> Verdict:
     )
 
 
-def _distances(target: Target, before: State, found: _Training, due: _Training) -> dict[str, float]:
+def _distances(target: Target, before: State, found: _Training, due: _Training, device: str) -> dict[str, float]:
     """Of losses, gradient norms, the evaluation, and what the steps left in the moments, by kind of parameter."""
     apart = abs(found.evaluation - due.evaluation) / due.evaluation
     mine, theirs = (
         Outcome([step.loss for step in run.records], [step.grad_norm for step in run.records], run.after)
         for run in (found, due)
     )
-    distances = replay_distance(before, mine, theirs, target.recipe, len(due.records))
+    distances = replay_distance(before, mine, theirs, target.recipe, len(due.records), device)
     return distances | {"evaluation": apart if math.isfinite(apart) else math.inf}
 
 

@@ -3,6 +3,7 @@ functions in ``forgetrain.gates``."""
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from forgetrain.engine.contract import weight_hash
+from forgetrain.engine.contract import Batch, weight_hash
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g1 import first_divergence, g1
 from forgetrain.gates.g2 import g2
@@ -39,7 +40,7 @@ from forgetrain.judge.evidence import (
 from forgetrain.judge.hidden import Stream, derive, hidden_weights
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.init import initial_weights
-from forgetrain.numerics.oracle import OracleStep, oracle_step
+from forgetrain.numerics.oracle import oracle_step
 from forgetrain.spec.target import Target
 
 if TYPE_CHECKING:
@@ -56,39 +57,50 @@ def contract(trial: Trial) -> Iterator[Verdict]:
     target = trial.judge.gates_target
     stream, weights = trial.stream(target, "contract"), hidden_weights(target.model, trial.seed)
     with trial.process(target, guard=True) as engine:
-        problem = next(_breaches(engine, target, stream, weights), None)
+        problem = next(_breaches(trial, engine, stream, weights), None)
     text = problem or "load, step, loss, state and restore do what the contract says, and inputs stay as they were"
     yield Verdict("contract", problem is None, explanation=text, sandboxed=trial.sandboxed)
 
 
-def _breaches(
-    engine: EngineProcess, target: Target, stream: Stream, weights: dict[str, Tensor]
-) -> Iterator[str | None]:
+def _breaches(trial: Trial, engine: EngineProcess, stream: Stream, weights: dict[str, Tensor]) -> Iterator[str | None]:
     """What is wrong with the engine, in the order in which it shows."""
+    target = engine.target
     batch, lr, precision = stream.at(0), stream.rate(0), target.precision.kept
 
-    def scalars(exact: OracleStep, found: dict[str, Tensor], when: str) -> Iterator[str]:
+    def exact(weights: dict[str, Tensor]) -> dict[str, float]:
+        # the rest of it goes at once: on a GPU the engine needs the memory
+        found = oracle_step(target, weights, batch, lr, precision=precision, device=engine.device)
+        return {"loss": float(found.loss), "grad_norm": float(found.grad_norm)}
+
+    def scalars(
+        exact: dict[str, float], found: dict[str, Tensor], weights: dict[str, Tensor], when: str
+    ) -> Iterator[str]:
         for name, value in found.items():
-            due = float(getattr(exact, name))
-            if not abs(float(value) - due) <= SCALARS[precision][name] * abs(due):
+            due = exact[name]
+            apart, allowed = abs(float(value) - due), SCALARS[precision][name] * abs(due)
+            if not apart <= allowed and name == "grad_norm":
+                # a norm is off by as much as the gradients at most: where theirs are mostly rounding, it may be
+                allowed = _gradient_error(trial, target, weights, batch, lr) * abs(due)
+            if not apart <= allowed:
                 yield f"{when} {name} is {float(value):.6g}, the oracle's is {due:.6g}"
 
     engine.load(weights)
     start = engine.state()
     yield from _unequal(expected_start(target, weights, precision), start, "after load")
-    exact = oracle_step(target, weights, batch, lr, precision=precision, device=engine.device)
-    yield from scalars(exact, {"loss": engine.loss(batch)}, "before training")
+    due = exact(weights)
+    yield from scalars(due, {"loss": engine.loss(batch)}, weights, "before training")
     yield from _unequal(_plain(start), engine.state(), "after an evaluation")
     result = engine.step(batch, lr)
-    yield from scalars(exact, {"loss": result.loss, "grad_norm": result.grad_norm}, "at the first step")
+    yield from scalars(due, {"loss": result.loss, "grad_norm": result.grad_norm}, weights, "at the first step")
     after = engine.state()
     if not bool(result.applied) or int(after["step"].tensor) != int(start["step"].tensor) + 1:
         yield "a step with a finite norm was not applied"
     # the same batch again, with other weights: what was remembered by input is wrong now
-    exact = oracle_step(target, masters(after), batch, lr, precision=precision, device=engine.device)
-    yield from scalars(exact, {"loss": engine.loss(batch)}, "on the same batch, after a step,")
+    moved = masters(after)
+    due = exact(moved)
+    yield from scalars(due, {"loss": engine.loss(batch)}, moved, "on the same batch, after a step,")
     result = engine.step(batch, lr)
-    yield from scalars(exact, {"loss": result.loss, "grad_norm": result.grad_norm}, "on the same batch, again,")
+    yield from scalars(due, {"loss": result.loss, "grad_norm": result.grad_norm}, moved, "on the same batch, again,")
     engine.restore(after)
     yield from _unequal(_plain(after), engine.state(), "after restore")
     engine.step(batch, lr)  # what it was given to restore must stay as it was, too
@@ -100,6 +112,22 @@ def _breaches(
     if bool(result.applied) or torch.isfinite(result.grad_norm):
         yield "an infinite weight gave a step that says it was applied, or a finite norm"
     yield from _unequal(before, engine.state(), "after a step without a finite norm")
+
+
+def _gradient_error(trial: Trial, target: Target, weights: dict[str, Tensor], batch: Batch, lr: float) -> float:
+    """What the gradients of an engine known to be right are away from the oracle's, relative to those, times what G4
+    allows. (MiniCPM4-0.5B in bf16, from weights three times as large as its initial ones: 0.4.)"""
+    judge = trial.judge
+    with judge.trusted(judge.peer, target, precision=target.precision.dtype) as known_good:
+        found = clipped_gradients(known_good, weights, batch, lr)
+    exact = oracle_step(target, weights, batch, lr, precision=target.precision.kept, device=judge.device)
+    pool = ErrorPool()
+    pool.add_batch(((f"{name}#clipped", tensor) for name, tensor in exact.clipped.items()), found)
+    return _g4_ratio(target, target.precision.kept) * pool.relative
+
+
+def _g4_ratio(target: Target, precision: str) -> float:
+    return {"fp32": target.gates.g4_fp32_ratio, "bf16": target.gates.g4_bf16_ratio}[precision]
 
 
 def bits_of_one_step(trial: Trial) -> Iterator[Verdict]:
@@ -140,6 +168,7 @@ def updates(trial: Trial) -> Iterator[Verdict]:
     """G4.update at the first step and at later ones, whose number the seed decides; the worst of them."""
     target = trial.judge.gates_target
     stream, recipe = trial.stream(target, "G4.update"), target.recipe
+    judged = functools.partial(update, device=trial.judge.device, sandboxed=trial.sandboxed)
     verdicts = []
     with trial.process(target) as engine:
         engine.load(hidden_weights(target.model, trial.seed))
@@ -148,13 +177,13 @@ def updates(trial: Trial) -> Iterator[Verdict]:
             result = engine.step(stream.at(step), stream.rate(step))
             after = engine.state()
             norm = float(result.grad_norm) if step == 0 else None
-            verdicts.append(update(before, after, stream.rate(step), recipe, grad_norm=norm, sandboxed=trial.sandboxed))
+            verdicts.append(judged(before, after, stream.rate(step), recipe, grad_norm=norm))
             before = after
         # late in training, as far as the state tells: a number of steps that no short run reaches
         before["step"] = before["step"]._replace(tensor=torch.tensor(1000 + trial.seed % 100_000))
         engine.restore(before)
         engine.step(stream.at(100), stream.rate(100))
-        verdicts.append(update(before, engine.state(), stream.rate(100), recipe, sandboxed=trial.sandboxed))
+        verdicts.append(judged(before, engine.state(), stream.rate(100), recipe))
     yield max(verdicts, key=lambda verdict: verdict.statistic or 0.0)
 
 
@@ -163,7 +192,6 @@ def errors(trial: Trial) -> Iterator[Verdict]:
     of the batches meet other weights, and one of those was seen before: a gradient that was remembered by input is
     wrong then."""
     target = trial.judge.gates_target
-    thresholds = {"fp32": target.gates.g4_fp32_ratio, "bf16": target.gates.g4_bf16_ratio}
     for precision in dict.fromkeys(("fp32", target.precision.dtype)):
         stream, kept = trial.stream(target, f"G4.{precision}"), "fp32" if precision == "fp32" else "bf16"
         two = [hidden_weights(target.model, derive(trial.seed, "G4", precision, which)) for which in range(2)]
@@ -181,7 +209,7 @@ def errors(trial: Trial) -> Iterator[Verdict]:
             due = [(f"{name}#clipped", tensor) for name, tensor in exact.clipped.items()]
             for pool, values in zip(pools, found, strict=True):
                 pool.add_batch(due, values)
-        verdict = g4(*pools, ratio=thresholds[kept], sandboxed=trial.sandboxed)
+        verdict = g4(*pools, ratio=_g4_ratio(target, kept), sandboxed=trial.sandboxed)
         yield _renamed(verdict, f"G4.{precision}")
         if not verdict.passed:
             return
@@ -224,8 +252,9 @@ def hidden_training(trial: Trial) -> Iterator[Verdict]:
         due = _train(trial, reference, seed)
     with judge.trusted(judge.peer, target, precision=dtype) as known_good:
         good = _train(trial, known_good, seed)
-    budgets = [weight_distance(good.weights, due.weights, start)] + [
-        weight_distance(pooled.weights, theirs.weights, _start(target, number))
+    apart_by = functools.partial(weight_distance, device=judge.device)
+    budgets = [apart_by(good.weights, due.weights, start)] + [
+        apart_by(pooled.weights, theirs.weights, _start(target, number))
         for pooled, theirs, number in zip(known, references, judge.pool, strict=True)
     ]
     budget = _DISTANCE_FACTOR * max(*budgets, _FLOOR[target.precision.kept])
@@ -236,11 +265,11 @@ def hidden_training(trial: Trial) -> Iterator[Verdict]:
             if not engine.deterministic:
                 band = budget  # as far apart as engines are that differ in rounding alone
     first, second = runs
-    apart = 0.0 if first.digest == second.digest else weight_distance(first.weights, second.weights, start)
+    apart = 0.0 if first.digest == second.digest else apart_by(first.weights, second.weights, start)
     yield g6(
         first.held_out,
         [due.held_out, *(run.held_out for run in references)],
-        weight_distance(first.weights, due.weights, start),
+        apart_by(first.weights, due.weights, start),
         Repeat(first.digest, second.digest, apart, band),
         distance_budget=budget,
         sandboxed=trial.sandboxed,
@@ -321,7 +350,8 @@ def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
         good = again(known_good)
     recipe, steps = judge.target.recipe, block.last - block.first
     mine, theirs = (
-        replay_distance(block.before, found, due, recipe, steps) | step_distance(block.before, found, due)
+        replay_distance(block.before, found, due, recipe, steps, judge.device)
+        | step_distance(block.before, found, due, judge.device)
         for found in (block.outcome, good)
     )
     return replay(
@@ -358,7 +388,7 @@ def _train(trial: Trial, engine: EngineProcess, seed: int) -> Training:
     steps = target.gates.g5_steps
     losses = [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(steps)]
     unseen = [float(engine.loss(held_out.at(number))) for number in range(_HELD_OUT)]
-    state = engine.state()
+    state = engine.state(("master",))
     return Training(losses, sum(unseen) / len(unseen), masters(state), weight_hash(state))
 
 

@@ -7,7 +7,9 @@ InitialWeights(model, seed=0)["model.norm.weight"]          # one at a time, dra
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -47,5 +49,7 @@ class InitialWeights(Mapping[str, Tensor]):
 
 
 def initial_weights(model: Model, seed: int) -> dict[str, Tensor]:
-    """All of ``InitialWeights``, whole."""
-    return dict(InitialWeights(model, seed))
+    """All of ``InitialWeights``, whole. A generator draws on one core, so a tensor is drawn on each."""
+    weights = InitialWeights(model, seed)
+    with ThreadPoolExecutor(os.cpu_count()) as cores:
+        return dict(zip(weights, cores.map(weights.__getitem__, weights), strict=True))

@@ -7,6 +7,7 @@ arXiv 2502.16982, muP scales as in MiniCPM (arXiv 2404.06395).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,21 +19,37 @@ from torch import Tensor
 from forgetrain.spec.model import Model
 from forgetrain.spec.moments import by_muon
 from forgetrain.spec.taps import forward_taps
-from forgetrain.spec.target import Target
+from forgetrain.spec.target import Recipe, Target
 
 
 @dataclass(frozen=True)
 class OracleStep:
-    """What one step gives, all float64. loss, grad_norm: []. grads: before clipping; clipped: after it; master: the
-    weights after the update. taps: (full name, tensor) of every micro-batch in the order of ``spec.taps``, forward and
-    gradient, in canonical layout; empty unless asked for."""
+    """What one step gives, all float64. loss, grad_norm: []. start: the weights before it. grads: before clipping;
+    clipped: after it; master: the weights after the update; these lie where they were computed, for of a billion
+    parameters each takes 8 GB and seconds to move. taps: (full name, tensor) of every micro-batch in the order of
+    ``spec.taps``, forward and gradient, in canonical layout; empty unless asked for."""
 
     loss: Tensor
     grad_norm: Tensor
+    start: dict[str, Tensor]
     grads: dict[str, Tensor]
-    clipped: dict[str, Tensor]
-    master: dict[str, Tensor]
+    lr: float
+    recipe: Recipe
     taps: list[tuple[str, Tensor]] = field(default_factory=list)
+
+    @functools.cached_property
+    def clipped(self) -> dict[str, Tensor]:
+        factor = min(1.0, self.recipe.clip / float(self.grad_norm))
+        return {name: grad * factor for name, grad in self.grads.items()}
+
+    @functools.cached_property
+    def master(self) -> dict[str, Tensor]:
+        return {name: self._updated(name) for name in self.start}
+
+    def _updated(self, name: str) -> Tensor:
+        weight = self.start[name]
+        first = muon_first if by_muon(self.recipe, name, weight.dim()) else adamw_first
+        return first(weight, self.clipped[name], self.lr, self.recipe)
 
 
 def oracle_step(
@@ -45,8 +62,7 @@ def oracle_step(
     taps: bool = False,
     device: str = "cpu",
 ) -> OracleStep:
-    """The first optimizer step from ``weights`` (canonical names) and zero moments on ``batch``, computed on ``device``
-    and returned on the CPU.
+    """The first optimizer step from ``weights`` (canonical names) and zero moments on ``batch``, on ``device``.
 
     With ``precision`` bf16 the weights are rounded to bf16 first, as the recipe's masters are; nothing else is.
     """
@@ -61,8 +77,8 @@ def _first_step(
     target: Target, weights: Mapping[str, Tensor], batch: Any, lr: float, precision: str, taps: bool, device: str
 ) -> OracleStep:
     recipe = target.recipe
-    start = {n: (w.bfloat16() if precision == "bf16" else w).double().cpu() for n, w in weights.items()}
-    leaves = {name: weight.to(device, copy=True).requires_grad_() for name, weight in start.items()}
+    start = {n: (w.bfloat16() if precision == "bf16" else w).to(device, torch.float64) for n, w in weights.items()}
+    leaves = {name: weight.detach().requires_grad_() for name, weight in start.items()}
     batch = type(batch)(*(tensor.to(device) for tensor in batch))
     loss, seen = torch.zeros((), dtype=torch.float64), []
     positions, allowed = _documents(target, batch)
@@ -81,19 +97,13 @@ def _first_step(
             names = [tap.name for tap in forward_taps(target.model)]
             seen += [(f"{name}#fwd@{number}", places[name].detach().cpu()) for name in names]
             seen += [
-                (f"{name}#grad@{number}", _of(places[name])) for name in reversed(names) if name not in ("nll", "loss")
+                (f"{name}#grad@{number}", _of(places[name]).cpu())
+                for name in reversed(names)
+                if name not in ("nll", "loss")
             ]
     grads = {name: _of(leaf) for name, leaf in leaves.items()}
-    norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
-    factor = min(1.0, recipe.clip / float(norm))
-    clipped = {name: grad * factor for name, grad in grads.items()}
-    master = {
-        name: (muon_first if by_muon(recipe, name, start[name].dim()) else adamw_first)(
-            start[name], clipped[name], lr, recipe
-        )
-        for name in start
-    }
-    return OracleStep(loss, norm, grads, clipped, master, seen)
+    norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt().cpu()
+    return OracleStep(loss, norm, start, grads, lr, recipe, seen)
 
 
 def adamw_first(weight: Tensor, grad: Tensor, lr: float, recipe: Any) -> Tensor:
@@ -118,7 +128,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def _of(tensor: Tensor) -> Tensor:
-    return (torch.zeros_like(tensor).detach() if tensor.grad is None else tensor.grad).cpu()
+    return torch.zeros_like(tensor).detach() if tensor.grad is None else tensor.grad
 
 
 def _documents(target: Target, batch: Any) -> tuple[Tensor, Tensor]:
