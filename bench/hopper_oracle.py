@@ -46,7 +46,7 @@ def moments(
 def errors(state: dict[str, Tensor], truth: OracleStep, beta1: float) -> dict[str, float]:
     sums: dict[str, list[float]] = {}
     for name, wanted in truth.clipped.items():
-        found = state[f"exp_avg/{name}"].to(wanted) / (1 - beta1)
+        found = state[f"exp_avg/{name}"].to(wanted.device).double() / (1 - beta1)
         pooled = sums.setdefault(kind(name), [0.0, 0.0])
         pooled[0] += float((found - wanted).square().sum())
         pooled[1] += float(wanted.square().sum())

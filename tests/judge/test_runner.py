@@ -251,11 +251,12 @@ def test_a_seed_that_carries_rounding_far_is_no_honest_engines_fault(tmp_path, m
         start = trials._start(trial.judge.gates_target, seed)
         moved = 1.0 + engine.off * (seed not in trial.judge.pool)
         weights = {name: tensor.float() + moved for name, tensor in start.items()}
-        return trials.Training([1.0], 1.0 + 0.1 * (seed in trial.judge.pool), weights, "the same")
+        return trials.Training([1.0], 1.0 + 0.1 * (seed in trial.judge.pool), weights)
 
     monkeypatch.setattr(Judge, "trusted", trusted)
     monkeypatch.setattr(Trial, "process", untrusted)
     monkeypatch.setattr(trials, "_train", trained)
+    monkeypatch.setattr(trials.Training, "weight_hash", lambda run: "the same")
     candidate = SimpleNamespace(off=0.0, deterministic=True)
     with make_judge(tmp_path) as judge:
         for candidate.off, passes in ((0.2, True), (0.4, False)):

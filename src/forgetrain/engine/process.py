@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgetrain import memory
 from forgetrain.engine import admit, tree
 from forgetrain.engine.contract import Batch, Shard, StepResult, weight_hash
 from forgetrain.engine.launch import launch
@@ -113,10 +114,9 @@ class EngineProcess:
         limits = dict(limits or {})
         watched = {name: limits.pop(name) for name in ("processes", "resident", "written") if name in limits}
         pairs = [socket.socketpair() for _ in range(ranks)]
-        self._channels = [Channel(ours) for ours, _ in pairs]
         if self.device == "cuda":
-            for channel in self._channels:
-                channel.keep_memory()
+            memory.keep()
+        self._channels = [Channel(ours, memory.empty) for ours, _ in pairs]
         numbers = [theirs.fileno() for _, theirs in pairs]
         try:
             self._process = launch(module, numbers, limits, self.device, wrap, origin)

@@ -12,11 +12,9 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import mmap
 import select
 import socket
 import time
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,8 +23,7 @@ from torch import Tensor
 
 MAGIC = b"FGT1"
 HEADER_LIMIT = 64 << 20  # bytes: the names and shapes of a state of some hundred thousand tensors
-_STAGE = 64 << 20  # bytes of host memory through which tensors leave a GPU
-_WORTH_KEEPING = 1 << 20  # bytes: smaller pieces the allocator keeps by itself
+_STAGE = 64 << 20  # bytes of host memory through which tensors come to a GPU and leave it
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -66,39 +63,18 @@ class Message(NamedTuple):
 Admit = Callable[[str, dict[str, Any], list[Spec]], None]
 
 
-class KeptMemory:
-    """Host memory of tensors, for the next of the same size once nothing refers to the last. What is freed goes back to
-    the kernel and comes again page by page: a socket filled such memory at 0.7 GB/s, and memory that was there at 3.7
-    (two cores of a virtual machine). Of a billion parameters a state is 13 GB, and a judge fetches some thirty."""
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[mmap.mmap]] = {}
-
-    def empty(self, spec: Spec) -> Tensor:
-        if spec.nbytes < _WORTH_KEEPING:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        free = self._free.setdefault(spec.nbytes, [])
-        memory = free.pop() if free else mmap.mmap(-1, spec.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        lent = memoryview(memory)
-        weakref.finalize(lent, free.append, memory).atexit = False  # the last tensor in it is gone
-        return torch.frombuffer(lent, dtype=spec.dtype).view(spec.shape)
-
-
-_KEPT = KeptMemory()
-
-
 class Channel:
-    """One end of a stream socket. Deadlines are ``time.monotonic()`` seconds; None waits for ever."""
+    """One end of a stream socket. Deadlines are ``time.monotonic()`` seconds; None waits for ever.
 
-    def __init__(self, sock: socket.socket):
+    ``empty``: memory of a shape and dtype, for what arrives. ``device``: the GPU on which it arrives, if any.
+    """
+
+    def __init__(self, sock: socket.socket, empty: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None):
         sock.setblocking(False)
         self.socket = sock
+        self.device: str | None = None
+        self._empty = empty or (lambda shape, dtype: torch.empty(shape, dtype=dtype, device=self.device))
         self._stage: Tensor | None = None
-        self._empty: Callable[[Spec], Tensor] = lambda spec: torch.empty(spec.shape, dtype=spec.dtype)
-
-    def keep_memory(self) -> None:
-        """Lets large tensors arrive in ``KeptMemory``, which this process shares among its channels."""
-        self._empty = _KEPT.empty
 
     def send(
         self,
@@ -145,22 +121,31 @@ class Channel:
         self.socket.close()
 
     def _on_host(self, tensor: Tensor) -> Iterator[Tensor]:
-        """A contiguous tensor, in pieces. From a GPU by way of pinned memory that is used again: fresh memory comes
-        from the kernel page by page, slower than the copy, the socket and the GPU's bus together."""
+        """A contiguous tensor, whole, or from a GPU in pieces."""
         if not tensor.is_cuda:
             yield tensor.cpu()
             return
-        if self._stage is None:
-            self._stage = torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True)
-        for piece in tensor.view(-1).view(torch.uint8).split(_STAGE):
-            host = self._stage[: len(piece)]
+        for piece, host in self._staged(tensor):
             host.copy_(piece)
             yield host
 
+    def _staged(self, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of a tensor's bytes, each with as much pinned host memory. That is always the same: fresh memory comes
+        from the kernel page by page, slower than the copy, the socket and the GPU's bus together."""
+        if self._stage is None:
+            self._stage = torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True)
+        for piece in tensor.view(-1).view(torch.uint8).split(_STAGE):
+            yield piece, self._stage[: len(piece)]
+
     def _read_tensor(self, spec: Spec, deadline: float | None) -> Tensor:
         # a bool whose byte is neither 0 nor 1 is undefined behaviour, so bools arrive as bytes and are checked
-        raw = self._empty(spec._replace(dtype=torch.uint8) if spec.dtype == torch.bool else spec)
-        self._read(_bytes_of(raw), deadline)
+        raw = self._empty(spec.shape, torch.uint8 if spec.dtype == torch.bool else spec.dtype)
+        if raw.is_cuda:
+            for piece, host in self._staged(raw):
+                self._read(_bytes_of(host), deadline)
+                piece.copy_(host)
+        else:
+            self._read(_bytes_of(raw), deadline)
         if spec.dtype == torch.bool:
             if raw.numel() and int(raw.max()) > 1:
                 raise ProtocolError(f"{spec.name} has bools that are neither 0 nor 1")

@@ -110,8 +110,7 @@ class Server:
             torch.backends.cudnn.allow_tf32 = False
         mesh = None
         if self.device == "cuda":
-            self.channel.keep_memory()
-            self.device = f"cuda:{self.rank % torch.cuda.device_count()}"
+            self.channel.device = self.device = f"cuda:{self.rank % torch.cuda.device_count()}"
             torch.cuda.set_device(self.device)
         if self.ranks > 1:
             mesh = self._make_mesh(fields["device"], fields["timeout"], fields["target"]["parallel"])

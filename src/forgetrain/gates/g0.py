@@ -14,6 +14,7 @@ from torch import Tensor
 
 from forgetrain.gates.g2 import StepRecord, first_parting
 from forgetrain.gates.verdict import Verdict
+from forgetrain.numerics.compare import exact
 
 #: Largest relative RMS error of a parameter's clipped gradient in fp32. Right code was measured below 2e-5 on models
 #: of up to 8 layers, and every defect of use 1e-2 and more, so the gate is between.
@@ -27,8 +28,8 @@ def relative_errors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         found = actual.get(name)
         error = torch.inf
         if found is not None and found.shape == due.shape:
-            exact = due.double()
-            distance, scale = (found.to(exact) - exact).norm(), exact.norm()
+            truth = due.double()
+            distance, scale = (exact(found, due.device) - truth).norm(), truth.norm()
             error = float(distance / scale) if scale > 0 else float(distance)
         errors[name] = error if error == error else torch.inf
     return errors

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from forgetrain.gates.verdict import Verdict
+from forgetrain.numerics.compare import exact
 from forgetrain.spec.taps import kind_of
 
 FLOOR_EPS = 4.0
@@ -67,16 +68,16 @@ class ErrorPool:
             ValueError: names or shapes do not fit.
         """
         self.batches += 1
-        for (name, exact), (found, value) in zip(oracle, values, strict=True):
-            if name != found or exact.shape != value.shape:
-                raise ValueError(f"the oracle has {name} {list(exact.shape)}, the engine {found} {list(value.shape)}")
-            if exact.numel() <= 1:
+        for (name, due), (found, value) in zip(oracle, values, strict=True):
+            if name != found or due.shape != value.shape:
+                raise ValueError(f"the oracle has {name} {list(due.shape)}, the engine {found} {list(value.shape)}")
+            if due.numel() <= 1:
                 continue
             pool = self.kinds.setdefault(kind_of(name), _Pool())
-            error = value.to(exact) - exact
+            error = exact(value, due.device) - due
             pool.squared_error += float(error.square().sum())
-            pool.squared_value += float(exact.square().sum())
-            pool.count += exact.numel()
+            pool.squared_value += float(due.square().sum())
+            pool.count += due.numel()
             pool.largest = max(pool.largest, float(error.abs().max()))
             pool.eps = max(pool.eps, torch.finfo(value.dtype).eps)
 

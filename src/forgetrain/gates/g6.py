@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from forgetrain.gates.verdict import Verdict
+from forgetrain.numerics.compare import exact
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ def weight_distance(
     """
 
     def squares(one: Mapping[str, Tensor], other: Mapping[str, Tensor], name: str) -> float:
-        exact = (each[name].to(device, torch.float64) for each in (one, other))
-        return float(torch.sub(*exact).square().sum())
+        return float((exact(one[name], device) - exact(other[name], device)).square().sum())
 
     apart = math.fsum(squares(found, reference, name) for name in reference)
     moved = math.fsum(squares(reference, start, name) for name in reference)

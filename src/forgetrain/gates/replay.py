@@ -14,9 +14,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from forgetrain.gates.verdict import Verdict
+from forgetrain.numerics.compare import exact
 from forgetrain.spec.moments import average_decay
 from forgetrain.spec.taps import kind_of
 from forgetrain.spec.target import Recipe
@@ -83,9 +82,7 @@ def _added(
     for key in before:
         if key.startswith(f"{state}/"):
             name = key.removeprefix(f"{state}/")
-            old, mine, theirs = (
-                tensors[key].tensor.to(device, torch.float64) for tensors in (before, found.state, due.state)
-            )
+            old, mine, theirs = (exact(tensors[key].tensor, device) for tensors in (before, found.state, due.state))
             kind = kind_of(name)
             square = (mine - theirs).square().flatten()
             worst = square.topk(min(few, len(square))).values

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from forgetrain.gates.verdict import Verdict
+from forgetrain.numerics.compare import exact
 from forgetrain.numerics.oracle import orthogonal
 from forgetrain.spec.moments import by_muon
 from forgetrain.spec.target import Recipe
@@ -65,9 +66,7 @@ def update(
             continue
         muon = by_muon(recipe, name, before[key].tensor.dim())
         kinds = ("master", "exp_avg") if muon else ("master", "exp_avg", "exp_avg_sq")
-        pairs = [
-            [state[f"{kind}/{name}"].tensor.to(device, torch.float64) for state in (before, after)] for kind in kinds
-        ]
+        pairs = [[exact(state[f"{kind}/{name}"].tensor, device) for state in (before, after)] for kind in kinds]
         errors, g = _muon_errors(pairs, lr, recipe) if muon else _errors(pairs, lr, t, recipe)
         squares += float(g.square().sum())
         for what, share in errors.items():

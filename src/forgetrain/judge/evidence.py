@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgetrain import memory
 from forgetrain.engine.contract import Engine, Shard
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g2 import StepRecord
@@ -51,7 +52,7 @@ def clipped_gradients(
     engine.step(batch, lr)
     recipe, prefix = engine.target.recipe, "exp_avg/"
     moments = {key.removeprefix(prefix): shard.tensor for key, shard in engine.state(("exp_avg",)).items()}
-    return [(f"{name}#clipped", m / (1 - average_decay(recipe, name, m.dim()))) for name, m in moments.items()]
+    return [(f"{name}#clipped", m.div_(1 - average_decay(recipe, name, m.dim()))) for name, m in moments.items()]
 
 
 def masters(state: State) -> dict[str, Tensor]:
@@ -61,10 +62,14 @@ def masters(state: State) -> dict[str, Tensor]:
 
 def expected_start(target: Target, weights: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
     """The state right after ``load``: rounded masters, zero moments, no step."""
-    state = {name: torch.zeros(shape) for name, shape in state_shapes(target).items()}
+    # a zero for each whole tensor: of a billion parameters they would take 9 GB
+    state = {name: torch.zeros(()).expand(shape) for name, shape in state_shapes(target).items()}
     state["step"] = torch.tensor(0)
     for name, weight in weights.items():
-        state[f"master/{name}"] = (weight.bfloat16() if precision == "bf16" else weight).float()
+        state[f"master/{name}"] = weight
+        if precision == "bf16":
+            rounded = memory.empty(weight.shape, torch.bfloat16).copy_(weight)
+            state[f"master/{name}"] = memory.empty(weight.shape).copy_(rounded)
     return state
 
 

@@ -39,9 +39,10 @@ def hidden_weights(model: Model, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(derive(seed, "weights"))
     weights = initial_weights(model, derive(seed, "matrices"))
     for name, weight in weights.items():
-        weights[name] = (
-            weight * 3 if weight.dim() > 1 else weight + 0.1 * torch.randn(weight.shape, generator=generator)
-        )
+        if weight.dim() > 1:
+            weight.mul_(3)
+        else:
+            weights[name] = weight + 0.1 * torch.randn(weight.shape, generator=generator)
     return weights
 
 

@@ -7,7 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -222,7 +222,9 @@ class Training:
     losses: list[float]
     held_out: float
     weights: dict[str, Tensor]
-    digest: str
+
+    def weight_hash(self) -> str:
+        return weight_hash({f"master/{name}": tensor for name, tensor in self.weights.items()})
 
 
 def paired_training(trial: Trial) -> Iterator[Verdict]:
@@ -265,12 +267,13 @@ def hidden_training(trial: Trial) -> Iterator[Verdict]:
             if not engine.deterministic:
                 band = budget  # as far apart as engines are that differ in rounding alone
     first, second = runs
-    apart = 0.0 if first.digest == second.digest else apart_by(first.weights, second.weights, start)
+    hashes = first.weight_hash(), second.weight_hash()
+    apart = 0.0 if hashes[0] == hashes[1] else apart_by(first.weights, second.weights, start)
     yield g6(
         first.held_out,
         [due.held_out, *(run.held_out for run in references)],
         apart_by(first.weights, due.weights, start),
-        Repeat(first.digest, second.digest, apart, band),
+        Repeat(*hashes, apart, band),
         distance_budget=budget,
         sandboxed=trial.sandboxed,
     )
@@ -280,17 +283,20 @@ def speed(trial: Trial) -> Iterator[Verdict]:
     """The race at the training shape, and then the replay of some of its blocks: what was timed is what is checked."""
     judge, target = trial.judge, trial.judge.race_target
     stream = trial.stream(target, "G7")
-    weights = initial_weights(target.model, derive(trial.seed, "G7"))
-    start, effort = starting_state(target, weights, judge.target.precision.kept), judge.effort
+    start = starting_state(target, initial_weights(target.model, derive(trial.seed, "G7")), judge.target.precision.kept)
+    effort = judge.effort
     with judge.rival(trial.champion) as champion:
         began = time.monotonic()
         with trial.process(target) as engine:
             build = time.monotonic() - began
-            run = race(champion, engine, start, stream, blocks=effort.pairs, steps=effort.steps, warm_up=effort.warm_up)
+            shape = {"blocks": effort.pairs, "steps": effort.steps, "warm_up": effort.warm_up}
+            run = race(champion, engine, start, stream, **shape, device=judge.device)
             trial.peak_bytes = engine.peak_memory()
     trial.keep_speed(run, {"candidate": build})
     # where a candidate is wrong from some step on, the last block shows it; elsewhere the one that was drawn may
-    replays = [_check_replay(trial, block, stream) for block in run.replays]
+    replays = []
+    while run.replays:  # their states are most of this process's memory: each goes when it has been looked at
+        replays.append(_check_replay(trial, run.replays.pop(0), stream))
     mine, theirs = run.candidate, run.champion
     replays.append(motion(mine.motions, theirs.motions, mine.answers, theirs.answers, sandboxed=trial.sandboxed))
     yield max(replays, key=lambda verdict: verdict.statistic or 0.0)
@@ -336,7 +342,8 @@ GATES: dict[str, Callable[[Trial], Iterator[Verdict]]] = {
 
 
 def _check_replay(trial: Trial, block: Replay, stream: Stream) -> Verdict:
-    """A chosen block again on the reference and on a known-good engine, from the candidate's own state."""
+    """A block again on the reference and on a known-good engine, from the candidate's own state. One after the other:
+    of a large model one of them fills a GPU."""
 
     def again(engine: EngineProcess) -> Outcome:
         engine.restore(block.before)
@@ -377,7 +384,9 @@ def _pool(trial: Trial, kind: str) -> list[Training]:
     if kind not in judge.kept:
         precision = judge.target.precision.dtype if kind == "peer" else None
         with judge.trusted(modules[kind], judge.gates_target, precision=precision) as engine:
-            judge.kept[kind] = [_train(trial, engine, seed) for seed in judge.pool]
+            runs = [_train(trial, engine, seed) for seed in judge.pool]
+        # its losses alone are compared, and of a billion parameters each run's weights are 4 GB
+        judge.kept[kind] = [replace(run, weights={}) for run in runs] if kind == "textbook" else runs
     return judge.kept[kind]
 
 
@@ -388,8 +397,7 @@ def _train(trial: Trial, engine: EngineProcess, seed: int) -> Training:
     steps = target.gates.g5_steps
     losses = [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(steps)]
     unseen = [float(engine.loss(held_out.at(number))) for number in range(_HELD_OUT)]
-    state = engine.state(("master",))
-    return Training(losses, sum(unseen) / len(unseen), masters(state), weight_hash(state))
+    return Training(losses, sum(unseen) / len(unseen), masters(engine.state(("master",))))
 
 
 def _start(target: Target, seed: int) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from forgetrain import memory
 from forgetrain.spec.model import Model
 
 
@@ -45,7 +46,7 @@ class InitialWeights(Mapping[str, Tensor]):
         std = self._model.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= (2 * self._model.num_hidden_layers) ** 0.5
-        return torch.randn(shape, generator=generator).mul_(std)
+        return memory.empty(shape).normal_(generator=generator).mul_(std)
 
 
 def initial_weights(model: Model, seed: int) -> dict[str, Tensor]:

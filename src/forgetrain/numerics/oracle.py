@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forgetrain.numerics.compare import exact
 from forgetrain.spec.model import Model
 from forgetrain.spec.moments import by_muon
 from forgetrain.spec.taps import forward_taps
@@ -77,7 +78,7 @@ def _first_step(
     target: Target, weights: Mapping[str, Tensor], batch: Any, lr: float, precision: str, taps: bool, device: str
 ) -> OracleStep:
     recipe = target.recipe
-    start = {n: (w.bfloat16() if precision == "bf16" else w).to(device, torch.float64) for n, w in weights.items()}
+    start = {n: exact(w.to(device).bfloat16() if precision == "bf16" else w, device) for n, w in weights.items()}
     leaves = {name: weight.detach().requires_grad_() for name, weight in start.items()}
     batch = type(batch)(*(tensor.to(device) for tensor in batch))
     loss, seen = torch.zeros((), dtype=torch.float64), []
