@@ -122,18 +122,21 @@ def test_a_candidate_that_breaks_fails_its_gate_and_the_judge_goes_on(tmp_path):
     assert "SyntaxError" in failed.explanation
 
 
-def test_a_norm_may_be_off_by_what_the_gradients_of_a_known_good_engine_are(tmp_path, monkeypatch):
+def test_a_norm_and_a_loss_may_be_off_by_what_a_known_good_engine_s_are(tmp_path, monkeypatch):
     """MiniCPM4-0.5B's in bf16 were 9% off, and its gradients 40%, whoever computed them."""
     monkeypatch.setitem(trials.SCALARS["bf16"], "grad_norm", 0.0)
-    wrong = tmp_path / "wrong.py"
-    source = textbook(tmp_path, "bf16").read_text()
-    wrong.write_text(source.replace("StepResult(loss, norm, applied)", "StepResult(loss, norm * 1.1, applied)"))
-    assert wrong.read_text() != source
+    source, failures = textbook(tmp_path, "bf16").read_text(), []
     with make_judge(tmp_path, "bf16") as judge:
         assert judge.judge(tmp_path / "textbook.py", gates=("contract",)).passed
-        failed = judge.judge(wrong, gates=("contract",)).first_failure()
-    assert failed is not None
-    assert "at the first step grad_norm is" in failed.explanation
+        monkeypatch.setitem(trials.SCALARS["bf16"], "loss", 1e-3)
+        for name, returned in (("norm.py", "loss, norm * 1.1, applied"), ("loss.py", "loss * 1.1, norm, applied")):
+            wrong = tmp_path / name
+            wrong.write_text(source.replace("StepResult(loss, norm, applied)", f"StepResult({returned})"))
+            failures.append(judge.judge(wrong, gates=("contract",)).first_failure())
+    told = [failure.explanation for failure in failures if failure is not None]
+    assert len(told) == 2
+    assert "at the first step grad_norm is" in told[0]
+    assert "at the first step loss is" in told[1]
 
 
 @pytest.mark.parametrize("raised", [OverflowError("too large"), RecursionError(), ValueError("x" * 9999), KeyError(1)])
