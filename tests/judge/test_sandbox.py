@@ -95,6 +95,22 @@ def test_a_candidate_finds_the_compilers_headers_made(tmp_path, monkeypatch):
 
 
 @needs_bubblewrap
+def test_each_compiler_s_code_stays_in_the_engine_s_folder(tmp_path):
+    names = ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "QUACK_CACHE_DIR"]
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    path = toy(
+        tmp_path,
+        step=f"for n in {names}: os.makedirs(os.environ[n], exist_ok=True); open(os.environ[n] + '/' + n, 'w')",
+    )
+    box = sandbox(path, TARGET, cache=cache)
+    with EngineProcess(path, TARGET, wrap=box.wrap, limits=box.limits, folder=box.cache) as engine:
+        engine.load(WEIGHTS)
+        engine.step(random_batch(TARGET, 0), 0.1)
+    assert sorted(file.name for file in cache.rglob("*") if file.is_file()) == sorted(names)
+
+
+@needs_bubblewrap
 def test_a_process_apart_finds_what_was_there_and_nothing_that_came_since(tmp_path):
     look = "assert sorted(os.listdir(os.environ['TORCHINDUCTOR_CACHE_DIR'])) == "
     cache, apart_says = tmp_path / "cache", f"{look}['link', 'pipe', 'region']; open('/tmp/torchinductor_forge/x', 'w')"

@@ -48,6 +48,13 @@ _SITE = Path("/site-packages")  # by that name libraries tell what is installed 
 #: Where torch's compiler would keep what it makes for the user "forge": its precompiled headers, which take ten
 #: seconds, go nowhere else, whatever its environment says.
 _CACHE = Path("/tmp/torchinductor_forge")
+#: Who keeps compiled code, and in what folder of that: without one FlashAttention-4 and quack compile in every process.
+_COMPILERS = {
+    "TORCHINDUCTOR_CACHE_DIR": "",
+    "TRITON_CACHE_DIR": "triton",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash",
+    "QUACK_CACHE_DIR": "quack",
+}
 #: What of /etc programs need: the dynamic linker's cache, and names of compilers.
 _ETC = ("ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
 #: Bits depend on what torch reads here: cores, caches and memory nodes.
@@ -248,9 +255,9 @@ def _memory(target: Target, device: str, memory_gib: float | None) -> int:
 
 def _cache_arguments(cache: Path) -> list[str]:
     arguments = ["--bind", str(cache.resolve()), str(_CACHE)]
-    for name, folder in (("TORCHINDUCTOR_CACHE_DIR", _CACHE), ("TRITON_CACHE_DIR", _CACHE / "triton")):
-        arguments += ["--setenv", name, str(folder)]
-    return arguments
+    for name, folder in _COMPILERS.items():
+        arguments += ["--setenv", name, str(_CACHE / folder)]
+    return [*arguments, "--setenv", "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1"]
 
 
 @functools.cache
