@@ -123,7 +123,7 @@ class Channel:
     def _on_host(self, tensor: Tensor) -> Iterator[Tensor]:
         """A contiguous tensor, whole, or from a GPU in pieces."""
         if not tensor.is_cuda:
-            yield tensor.cpu()
+            yield tensor.to("cpu")
             return
         for piece, host in self._staged(tensor):
             host.copy_(piece)
