@@ -211,6 +211,15 @@ def test_two_ranks_sum_gradients_as_the_engine_does(dtype, distributed_optimizer
             assert weight_hash(reference.state()) == weight_hash(engine.state())
 
 
+def test_a_norm_that_is_a_tensor_as_on_a_gpu_is_returned_as_a_number():
+    target = tiny_target()
+    with EngineProcess("tests.reference.tensor_norm", target) as engine:
+        engine.load(initial_weights(target.model, seed=0))
+        result = engine.step(random_batch(target, 0), 1e-3)
+    assert result.grad_norm.shape == ()
+    assert bool(result.applied)
+
+
 @pytest.mark.slow
 def test_a_broken_reference_is_an_engine_failure(tmp_path):
     target = target_of("minicpm4")

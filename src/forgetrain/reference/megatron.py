@@ -96,7 +96,7 @@ class Megatron:
             group["weight_decay"] = self.target.recipe.weight_decay * group["wd_mult"]
         inner = self._inner()
         inner.prepare_grads()
-        norm = inner.clip_grad_norm(self.target.recipe.clip)
+        norm = float(inner.clip_grad_norm(self.target.recipe.clip))  # a number on a CPU, on a GPU a tensor [1]
         applied = math.isfinite(norm)
         if applied:
             inner.step_with_ready_grads()
