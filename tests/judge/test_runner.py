@@ -15,7 +15,7 @@ import pytest
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
-from forgetrain.judge import trials
+from forgetrain.judge import runner, trials
 from forgetrain.judge.runner import BITWISE, COMPILED_KEPT, KNOWN_GOOD, NUMERIC, Effort, Judge, Trial
 from tests.corpus import built
 from tests.engine.toy import toy
@@ -265,6 +265,18 @@ def test_a_seed_that_carries_rounding_far_is_no_honest_engines_fault(tmp_path, m
         for candidate.off, passes in ((0.2, True), (0.4, False)):
             verdict = judge.judge(textbook(tmp_path), gates=["G6"]).verdicts[0]
             assert verdict.passed == passes, verdict.explanation
+
+
+@pytest.mark.parametrize(("device", "closed"), [("cpu", 0), ("cuda", 1)])
+def test_processes_stay_between_gates_but_not_on_a_gpu(tmp_path, monkeypatch, device, closed):
+    calls = []
+    process = SimpleNamespace(close=lambda: calls.append("close"), failure=None)
+    monkeypatch.setattr(runner, "EngineProcess", lambda *_, **__: process)
+    with make_judge(tmp_path, device=device) as judge:
+        with judge.trusted(judge.reference, judge.gates_target) as started:
+            assert started is process
+        assert len(calls) == closed
+    assert len(calls) == 1
 
 
 def test_gates_run_from_cheap_to_dear():

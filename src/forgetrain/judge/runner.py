@@ -56,8 +56,8 @@ KNOWN_GOOD = {"token_order": "sequence", "qkv": "fused", "gate_up": "fused", "ad
 @dataclass(frozen=True)
 class Effort:
     """How much is run. pairs, steps: blocks of the race and steps of each; timeout: seconds for any answer;
-    keep: whether processes of the reference and of the known-good engine stay between gates, which is quicker for
-    small models and costs their memory."""
+    keep: whether processes of the reference and of the known-good engine stay between gates on a CPU, which is quicker
+    for small models and costs their memory."""
 
     g4_batches: int = 4
     g3_steps: int = 4
@@ -238,7 +238,7 @@ class Judge:
             stack.callback(process.close)
             with _blaming(module, process):
                 yield process
-            if self.effort.keep:
+            if self.effort.keep and self.device == "cpu":  # a GPU's memory is for the candidate
                 stack.pop_all()
                 self._running[key] = process
 
