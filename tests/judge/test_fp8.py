@@ -7,6 +7,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.judge.runner import Effort, Judge
+from forgetrain.judge.words import QUESTIONS
 from forgetrain.spec.target import Precision
 from tests.formulas import in_torch
 from tests.judge.test_runner import needs_bubblewrap
@@ -59,6 +60,7 @@ def test_an_honest_engine_passes(scaling, tmp_path):
         result = judge.judge(file, gates=gates, all_gates=True)
     assert [v.explanation for v in result.verdicts if not v.passed] == []
     gates = ["contract", "G4.update", "G4.fp32", "G4.fp8", "G7.replay", "G7", "G8", "G3"]
+    assert set(gates) <= set(QUESTIONS)
     assert [v.gate for v in result.verdicts] == gates
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.judge import runner, trials
 from forgetrain.judge.runner import BITWISE, COMPILED_KEPT, KNOWN_GOOD, NUMERIC, Effort, Judge, Trial
+from forgetrain.judge.words import QUESTIONS
 from tests.corpus import built
 from tests.engine.toy import toy
 from tests.tiny import tiny_target
@@ -277,6 +279,20 @@ def test_processes_stay_between_gates_but_not_on_a_gpu(tmp_path, monkeypatch, de
             assert started is process
         assert len(calls) == closed
     assert len(calls) == 1
+
+
+def test_sources_that_were_never_installed_are_refused_before_the_first_gate(tmp_path, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    with make_judge(tmp_path, data=tmp_path) as judge:
+        monkeypatch.setattr(importlib.metadata, "distribution", missing)
+        with pytest.raises(UserError, match=r"not installed here.*pip install"):
+            judge.judge(textbook(tmp_path))
+
+
+def test_every_verdict_has_its_question():
+    assert {*NUMERIC, *BITWISE, "G4.fp32", "G4.bf16", "G4.fp8", "G7.replay"} == set(QUESTIONS)
 
 
 def test_gates_run_from_cheap_to_dear():

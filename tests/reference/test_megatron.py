@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -211,7 +212,8 @@ def test_two_ranks_sum_gradients_as_the_engine_does(dtype, distributed_optimizer
             assert weight_hash(reference.state()) == weight_hash(engine.state())
 
 
-def test_a_norm_that_is_a_tensor_as_on_a_gpu_is_returned_as_a_number():
+def test_a_norm_that_is_a_tensor_as_on_a_gpu_is_returned_as_a_number(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
     target = tiny_target()
     with EngineProcess("tests.reference.tensor_norm", target) as engine:
         engine.load(initial_weights(target.model, seed=0))

@@ -32,9 +32,9 @@ from forgetrain.gates.verdict import Verdict
 from forgetrain.judge import trials
 from forgetrain.judge.clock import Race
 from forgetrain.judge.hidden import Stream, derive, draw_seed
-from forgetrain.judge.sandbox import Sandbox, fill_cache, sandbox
+from forgetrain.judge.sandbox import Sandbox, fill_cache, project_needs, sandbox
 from forgetrain.judge.scratch import Scratch, folder_in, remove
-from forgetrain.numerics.device import check_device
+from forgetrain.numerics.device import check_device, release
 from forgetrain.spec.parallel import Parallel
 from forgetrain.spec.target import Target
 
@@ -189,6 +189,8 @@ class Judge:
         for name in gates or ():
             if name not in known:
                 raise UserError("no such gate", key="gates", value=name, remedy=f"choose from {', '.join(known)}")
+        if self.data is not None and "G9" in (known if gates is None else gates):
+            project_needs()  # asked for at the end, when everything else has been judged
         with self._freeze(file) as (frozen, digest), folder_in(self.scratch) as second:
             box = self._sandbox(frozen, digest)
             trial = Trial(self, frozen, box, draw_seed(), champion, second, bitwise=bitwise)
@@ -370,6 +372,8 @@ class Trial:
         except _BY_NUMBERS as error:
             text = f"no verdict can be had of what the engine answers, {type(error).__name__}: {str(error)[:300]}"
             yield self._failed(gate, "garbage", text, "".join(traceback.format_tb(error.__traceback__)))
+        finally:
+            release(self.judge.device)
 
     def _failed(self, gate: str, kind: str, text: str, detail: str) -> Verdict:
         return Verdict(

@@ -309,7 +309,7 @@ def _arguments(device: str, project: bool) -> tuple[str, ...]:
     for folder in _SYS_CPU if device == "cpu" else (*_SYS_CPU, *_SYS_GPU):
         arguments += ["--ro-bind-try", folder, folder]
     gpu = device == "cuda"
-    for package in packages("torch", "numpy", *(_GPU_PACKAGES if gpu else ()), *(_project_needs() if project else ())):
+    for package in packages("torch", "numpy", *(_GPU_PACKAGES if gpu else ()), *(project_needs() if project else ())):
         arguments += ["--ro-bind", str(package), str(_SITE / package.name)]
     if project:
         own = Path(forgetrain.__file__).parent
@@ -327,9 +327,18 @@ def _arguments(device: str, project: bool) -> tuple[str, ...]:
     return (*arguments, "--chdir", "/tmp")
 
 
-def _project_needs() -> list[str]:
-    """Distributions that this project's core needs; extras, which hold the references, are left out."""
-    requires = importlib.metadata.distribution("forgetrain").requires or ()
+def project_needs() -> list[str]:
+    """Distributions that this project's core needs; extras, which hold the references, are left out.
+
+    Raises UserError when this runs from a folder of sources that was never installed."""
+    try:
+        requires = importlib.metadata.distribution("forgetrain").requires or ()
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "forgetrain is not installed here, and G9 needs to know what it needs",
+            file=Path(forgetrain.__file__).parent,
+            remedy="pip install --no-deps -e . in its folder",
+        ) from None
     return [_NAME.match(requirement).group() for requirement in requires if "extra" not in requirement]  # type: ignore[union-attr]
 
 

@@ -10,6 +10,7 @@ QUESTIONS = {
     "G4.update": "Does each update follow from the engine's own moments, as AdamW says?",
     "G4.fp32": "In fp32, is it as near to the float64 oracle as the reference is?",
     "G4.bf16": "In bf16, is it as near to the float64 oracle as the reference is?",
+    "G4.fp8": "In fp8, is it as near to the float64 oracle as an engine is that is known to be right?",
     "G4": "Is it as near to the float64 oracle as the reference is?",
     "G5": "Trained from the same weights on the same data, does it lose what the reference loses?",
     "G6": "With a hidden seed, does it generalise as the reference does, and repeat itself?",

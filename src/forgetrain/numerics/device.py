@@ -1,6 +1,7 @@
 """Whether this machine is the one that a target asks for: said in one line, before anything expensive starts.
 
 check_device(target.hardware)          # raises UserError on another GPU, an old driver, too little memory
+release("cuda")                        # gives back GPU memory that this process does not use
 this_gpu()                             # "h200": the name in spec.hardware of the GPU that torch sees, or None
 """
 
@@ -25,6 +26,12 @@ def this_gpu() -> str | None:
         return None
     name = torch.cuda.get_device_name(0)
     return next((key for key, device in HARDWARE.items() if name.startswith(device.cuda_names or ("\0",))), None)
+
+
+def release(device: str) -> None:
+    """Gives back what this process took of a GPU and does not use: engines' processes share it."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 def check_device(hardware: Hardware) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from forgetrain.numerics.compare import exact
+from forgetrain.numerics.device import release
 from forgetrain.spec.model import Model
 from forgetrain.spec.moments import by_muon
 from forgetrain.spec.taps import forward_taps
@@ -70,8 +71,7 @@ def oracle_step(
     try:
         return _first_step(target, weights, batch, lr, precision, taps, device)
     finally:
-        if device.startswith("cuda"):  # what it took is for the processes of engines, which share the GPU
-            torch.cuda.empty_cache()
+        release(device)
 
 
 def _first_step(

@@ -21,11 +21,10 @@ from forgetrain.errors import UserError
 from forgetrain.forge.profile import read_profile
 from forgetrain.forge.standing import Timed, standing
 from forgetrain.judge.ledger import Ledger, target_key
+from forgetrain.judge.words import QUESTIONS
 from forgetrain.report import plots
 from forgetrain.report.page import plot, render
 from forgetrain.spec.target import Target
-
-GATES = ("contract", "G1", "G2", "G3", "G4.update", "G4.fp32", "G4.bf16", "G7.replay", "G7", "G8", "G5", "G6")
 
 
 def write_forge_report(target: Target, ledger: Ledger, path: Path) -> Path:
@@ -74,7 +73,7 @@ class _Evidence:
         best = profiles.get("champion")
         raced = next((timed for timed in reversed(self.standing.races) if timed.candidate == champion), None)
         numbers, cells = self._cells()
-        gates = [gate for gate in GATES if any(found == gate for _, found in cells)]
+        gates = [gate for gate in QUESTIONS if any(found == gate for _, found in cells)]
         return {
             "target": target,
             "champion": self.candidates[champion],
