@@ -24,7 +24,7 @@ def test_it_comes_again_when_nothing_refers_to_it():
     assert third.data_ptr() == place
     assert third.shape == (1 << 20, 6)
     fourth = memory.empty((3, 1 << 20)).fill_(4.0)
-    assert fourth.data_ptr() not in (place, part.data_ptr())
+    assert fourth.data_ptr() not in (place, part.untyped_storage().data_ptr())
     assert torch.equal(part, torch.ones((1 << 20) - 5))
 
 
@@ -34,6 +34,16 @@ def test_nothing_is_kept_unless_somebody_asks_for_it():
     memory.keep()
     memory.empty((3,))
     assert memory._free == {}
+
+
+def test_what_nothing_refers_to_can_be_given_back():
+    memory.keep()
+    memory.make_room([(3, 1 << 20), (3, 1 << 20), (5,)])
+    assert [len(free) for free in memory._free.values()] == [2]
+    kept = memory.empty((3, 1 << 20)).fill_(1.0)
+    memory.give_back()
+    assert [len(free) for free in memory._free.values()] == [0]
+    assert torch.equal(kept, torch.ones(3, 1 << 20))
 
 
 def test_asking_again_loses_nothing():

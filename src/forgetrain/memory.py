@@ -24,9 +24,16 @@ _free: dict[int, list[mmap.mmap]] | None = None
 
 
 def keep() -> None:
-    """Lets ``empty`` keep what it hands out, at most as much as was ever in use at once of each size."""
+    """Lets ``empty`` keep what it hands out until ``give_back``: of each size as much as was ever in use at once."""
     global _free
     _free = {} if _free is None else _free
+
+
+def give_back() -> None:
+    """Lets go of what nothing refers to."""
+    if _free is not None:
+        for free in _free.values():
+            free.clear()
 
 
 def make_room(shapes: Iterable[Sequence[int]]) -> None:

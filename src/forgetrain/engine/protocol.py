@@ -133,7 +133,7 @@ class Channel:
         """Pieces of a tensor's bytes, each with as much pinned host memory. That is always the same: fresh memory comes
         from the kernel page by page, slower than the copy, the socket and the GPU's bus together."""
         if self._stage is None:
-            self._stage = torch.empty(_STAGE, dtype=torch.uint8, pin_memory=True)
+            self._stage = torch.empty(_STAGE, dtype=torch.uint8, device="cpu", pin_memory=True)
         for piece in tensor.view(-1).view(torch.uint8).split(_STAGE):
             yield piece, self._stage[: len(piece)]
 

@@ -94,10 +94,10 @@ class Server:
             if request.kind == "close":
                 return
             try:
-                answer = getattr(self, "on_" + request.kind)(request.fields, dict(request.tensors))
-                self.channel.send(*answer)
+                self.channel.send(*getattr(self, "on_" + request.kind)(request.fields, dict(request.tensors)))
             except Exception:  # whatever an engine raises is reported, and the parent decides
                 self.channel.send("error", {"text": traceback.format_exc()[-8000:]})
+            del request  # its tensors may be most of a GPU, and the next ones come before it would go
 
     def on_build(self, fields: dict[str, Any], _: Mapping[str, Tensor]) -> tuple:
         self.device = fields["device"]

@@ -33,7 +33,7 @@ from forgetrain.golden.batches import random_batch
 from forgetrain.golden.record import GoldenRecord, write_record
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.determinism import fingerprint
-from forgetrain.numerics.device import check_device
+from forgetrain.numerics.device import check_device, release
 from forgetrain.numerics.init import initial_weights
 from forgetrain.numerics.oracle import oracle_step
 from forgetrain.reference import megatron, megatron_shims
@@ -271,6 +271,8 @@ def _judge_numerics(
     for step in range(2):
         due = oracle_step(target, before[step], batches[step], 0.0, device=target.hardware.device)
         errors[f"{name} against the oracle, step {step}"] = relative_errors(clipped[step], due.clipped)
+        del due
+        release(target.hardware.device)
     for other in others:
         with EngineProcess(MODULES[other], target, precision="fp32") as engine:
             theirs, _ = _two_updates(engine, target, weights, batches[:1])

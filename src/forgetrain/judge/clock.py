@@ -22,9 +22,10 @@ from forgetrain.gates.motion import Answer, Motion, motion_of
 from forgetrain.gates.replay import Outcome
 from forgetrain.judge.evidence import State, masters
 from forgetrain.judge.hidden import Stream
+from forgetrain.numerics.device import release
 
-#: Before and after two blocks, and the one that is being fetched.
-_KEPT_STATES = 5
+#: After the warm-up, before and after two blocks, and the one that is being fetched.
+_KEPT_STATES = 6
 
 
 @dataclass
@@ -105,6 +106,8 @@ def race(
     weights = masters(start)
     before: dict[EngineProcess, dict[str, Tensor]] = {}
     kept = start
+    # a fetch into memory that nobody has touched takes longer, and the candidate, whose states stay, would be charged
+    memory.make_room([shard.tensor.shape for shard in start.values()] * _KEPT_STATES)
     for engine, lane in lanes.items():
         engine.load(weights)
         lane.warm_up = [_timed_step(engine, stream.at(step), stream.rate(step), lane) for step in range(warm_up)]
@@ -116,8 +119,6 @@ def race(
             kept = state
     for engine in lanes:
         engine.pause()
-    # a fetch into memory that nobody has touched takes longer, and the candidate, whose states stay, would be charged
-    memory.make_room([shard.tensor.shape for shard in start.values()] * _KEPT_STATES)
     for block in range(blocks):
         first = warm_up + block * steps
         # made while both engines are stopped: between two steps an engine has no time of its own
@@ -133,6 +134,7 @@ def race(
             engine.pause()
             now = masters(state)
             lane.motions.append(motion_of(before[engine], now, device))
+            release(device)
             before[engine] = now
             if engine is candidate:
                 if block in chosen:

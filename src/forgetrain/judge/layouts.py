@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 #: Steps of G9's runs, and how many lie between two checkpoints.
 _COMMAND_STEPS, _COMMAND_CHECKPOINT = 12, 2
-#: What of a state G3 compares: the rest follows from it, or is in the hash.
+#: What of a state G3 compares: weighted sums of gradients. What they do to the rest is G4.update's.
 _COMPARED = ("exp_avg",)
 
 

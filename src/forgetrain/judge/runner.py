@@ -24,6 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from forgetrain import memory
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.process import EngineFailure, EngineProcess
 from forgetrain.engine.write import write_engine
@@ -204,6 +207,7 @@ class Judge:
                 if not judgement.passed and not all_gates:
                     break
             judgement.speed, judgement.samples = trial.speed, trial.samples
+        memory.give_back()  # a candidate chooses the sizes of what it is asked for
         judgement.seconds = time.monotonic() - began
         return judgement
 
@@ -369,6 +373,9 @@ class Trial:
             yield from trials.GATES[gate](self)
         except EngineFailure as failure:
             yield self._failed(gate, failure.kind, str(failure), failure.detail)
+        except torch.OutOfMemoryError as error:
+            text = f"no memory is left on the GPU for the judge beside the engine: {str(error).splitlines()[0]}"
+            yield self._failed(gate, "limit", text, "")
         except _BY_NUMBERS as error:
             text = f"no verdict can be had of what the engine answers, {type(error).__name__}: {str(error)[:300]}"
             yield self._failed(gate, "garbage", text, "".join(traceback.format_tb(error.__traceback__)))

@@ -36,21 +36,28 @@ class InitialWeights(Mapping[str, Tensor]):
         return len(self._shapes)
 
     def __getitem__(self, name: str) -> Tensor:
+        drawn, std = self._drawn(name)
+        return drawn if std is None else drawn.mul_(std)
+
+    def _drawn(self, name: str) -> tuple[Tensor, float | None]:
+        """A tensor, and what it is still to be multiplied by."""
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
-            return torch.ones(shape)
+            return torch.ones(shape), None
         if name.endswith(".bias"):
-            return torch.zeros(shape)
+            return torch.zeros(shape), None
         digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         std = self._model.initializer_range
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= (2 * self._model.num_hidden_layers) ** 0.5
-        return memory.empty(shape).normal_(generator=generator).mul_(std)
+        return memory.empty(shape).normal_(generator=generator), std
 
 
 def initial_weights(model: Model, seed: int) -> dict[str, Tensor]:
-    """All of ``InitialWeights``, whole. A generator draws on one core, so a tensor is drawn on each."""
+    """All of ``InitialWeights``, whole. A generator draws on one core, so each core draws a tensor; they are multiplied
+    here, for each of those threads would have as many of torch's."""
     weights = InitialWeights(model, seed)
-    with ThreadPoolExecutor(os.cpu_count()) as cores:
-        return dict(zip(weights, cores.map(weights.__getitem__, weights), strict=True))
+    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as cores:
+        drawn = dict(zip(weights, cores.map(weights._drawn, weights), strict=True))
+    return {name: tensor if std is None else tensor.mul_(std) for name, (tensor, std) in drawn.items()}

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from forgetrain.numerics.compare import exact
-from forgetrain.numerics.device import release
 from forgetrain.spec.model import Model
 from forgetrain.spec.moments import by_muon
 from forgetrain.spec.taps import forward_taps
@@ -66,17 +65,9 @@ def oracle_step(
 ) -> OracleStep:
     """The first optimizer step from ``weights`` (canonical names) and zero moments on ``batch``, on ``device``.
 
-    With ``precision`` bf16 the weights are rounded to bf16 first, as the recipe's masters are; nothing else is.
+    With ``precision`` bf16 the weights are rounded to bf16 first, as the recipe's masters are; nothing else is. A GPU's
+    memory is in use while what is returned is, and this process's until ``numerics.device.release``.
     """
-    try:
-        return _first_step(target, weights, batch, lr, precision, taps, device)
-    finally:
-        release(device)
-
-
-def _first_step(
-    target: Target, weights: Mapping[str, Tensor], batch: Any, lr: float, precision: str, taps: bool, device: str
-) -> OracleStep:
     recipe = target.recipe
     start = {n: exact(w.to(device).bfloat16() if precision == "bf16" else w, device) for n, w in weights.items()}
     leaves = {name: weight.detach().requires_grad_() for name, weight in start.items()}

@@ -24,6 +24,36 @@ class Engine(Honest):
         says="on the same batch",
     ),
     _cached(
+        "losses by batch, with weights of no use",
+        "the same, and once it was evaluated its first step leaves a head so large that known-good engines overflow",
+        "contract",
+        """
+_seen = {}
+class Engine(Honest):
+    early, count = False, 0
+    def load(self, weights):
+        super().load(weights)
+        self.early, self.count = False, 0
+    def loss(self, batch):
+        self.early = self.early or self.count == 0
+        key = batch.tokens.numpy().tobytes()
+        if key not in _seen:
+            _seen[key] = super().loss(batch)
+        return _seen[key]
+    def step(self, batch, lr):
+        self.count += 1
+        if self.early and self.count == 2:
+            return StepResult(torch.tensor(0.0), torch.tensor(0.0), torch.tensor(True))
+        result = super().step(batch, lr)
+        if self.early and self.count == 1 and bool(result.applied):
+            state = {name: shard._replace(tensor=shard.tensor.clone()) for name, shard in self.state().items()}
+            state["master/lm_head.weight"].tensor.mul_(1e38)
+            self.restore(state)
+        return result
+""",
+        says="on the same batch",
+    ),
+    _cached(
         "gradients by batch",
         "gradients are remembered by their tokens",
         "contract",
