@@ -213,7 +213,7 @@ def test_two_ranks_sum_gradients_as_the_engine_does(dtype, distributed_optimizer
 
 
 def test_a_norm_that_is_a_tensor_as_on_a_gpu_is_returned_as_a_number(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     target = tiny_target()
     with EngineProcess("tests.reference.tensor_norm", target) as engine:
         engine.load(initial_weights(target.model, seed=0))

@@ -33,10 +33,12 @@ def trajectory(
         yield StepRecord(float(result.loss), float(result.grad_norm), bool(result.applied), digest)
 
 
-def from_weights(engine: EngineProcess, weights: Mapping[str, Tensor], stream: Stream, steps: int) -> list[StepRecord]:
+def from_weights(
+    engine: EngineProcess, weights: Mapping[str, Tensor], stream: Stream, steps: int, *, hashed: bool = True
+) -> list[StepRecord]:
     """The first steps of a stream, after loading ``weights``."""
     engine.load(weights)
-    return list(trajectory(engine, stream, 0, steps))
+    return list(trajectory(engine, stream, 0, steps, hashed=hashed))
 
 
 def losses(engine: Engine, stream: Stream, steps: int) -> list[float]:

@@ -158,8 +158,7 @@ def _near(trial: Trial, precision: str) -> Verdict:
 
     def trained(module: str | Path, ranks: int, precision: str) -> _Training:
         with judge.trusted(module, target, ranks=ranks, precision=precision) as engine:
-            engine.load(weights)
-            first = list(trajectory(engine, stream, 0, 1, hashed=False))
+            first = from_weights(engine, weights, stream, 1, hashed=False)
             return _Training(
                 *_go_on(engine, first, stream, judge.effort.g3_steps, hashed=False), engine.state(_COMPARED)
             )

@@ -125,10 +125,6 @@ def _known_good_errors(
     off; but never by more than is obvious. (MiniCPM4-0.5B from weights three times its initial ones: a loss in fp8 is
     6% off, a norm in bf16 9%, its gradients 40%.) Nothing of it is in the candidate's hands."""
     judge, kept = trial.judge, target.precision.kept
-
-    def truth(weights: dict[str, Tensor]) -> OracleStep:
-        return oracle_step(target, weights, batch, lr, precision=kept, device=judge.device)
-
     with judge.trusted(judge.peer, target, precision=target.precision.dtype) as known_good:
         found = clipped_gradients(known_good, weights, batch, lr)  # loads, and takes the first step
         after = masters(known_good.state(("master",)))
@@ -137,7 +133,7 @@ def _known_good_errors(
         seen.append((known_good.loss(batch), known_good.step(batch, lr).grad_norm))
     pool, allowed = ErrorPool(), {"loss": 0.0, "grad_norm": 0.0}
     for (loss, norm), start in zip(seen, (after, weights), strict=True):
-        due = truth(start)
+        due = oracle_step(target, start, batch, lr, precision=kept, device=judge.device)
         for name, value, wanted in (("loss", loss, due.loss), ("grad_norm", norm, due.grad_norm)):
             allowed[name] = max(allowed[name], _SCALAR_FACTOR * abs(float(value) / float(wanted) - 1.0))
         if start is weights:
@@ -228,7 +224,7 @@ def errors(trial: Trial) -> Iterator[Verdict]:
             theirs = [clipped_gradients(reference, *case) for case in cases]
         pools = ErrorPool(), ErrorPool()
         for case, *found in zip(cases, mine, theirs, strict=True):
-            due = _clipped_by_the_oracle(trial, target, *case, precision=kept)
+            due = _as_taps(oracle_step(target, *case, precision=kept, device=trial.judge.device))
             for pool, values in zip(pools, found, strict=True):
                 pool.add_batch(due, values)
             due.clear()  # before the next: of a billion parameters 9 GB of a GPU
@@ -237,12 +233,6 @@ def errors(trial: Trial) -> Iterator[Verdict]:
         yield _renamed(verdict, f"G4.{precision}")
         if not verdict.passed:
             return
-
-
-def _clipped_by_the_oracle(
-    trial: Trial, target: Target, weights: dict[str, Tensor], batch: Batch, lr: float, *, precision: str
-) -> list[tuple[str, Tensor]]:
-    return _as_taps(oracle_step(target, weights, batch, lr, precision=precision, device=trial.judge.device))
 
 
 def _as_taps(step: OracleStep) -> list[tuple[str, Tensor]]:
