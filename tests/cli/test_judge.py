@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from forgetrain.cli.common import read_target
 from forgetrain.cli.main import app
 from forgetrain.durable import sha256_file
+from forgetrain.engine.plan import Plan
+from forgetrain.engine.write import write_engine
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge import runner
 from forgetrain.judge.ledger import Ledger
@@ -111,6 +116,92 @@ def test_without_a_sandbox_a_pass_counts_only_when_it_was_allowed(place, outcome
 def test_some_gates_are_no_verdict_on_the_engine(place, outcome):
     assert run("--gates", "contract,G4").exit_code == 0
     assert not Path("verdicts.json").exists()
+
+
+def cut_off_after_a_gate(monkeypatch):
+    """A judge that is killed when it has given the contract's verdict and the first of G4's two."""
+
+    def judge(self, file, *, on_verdict, after_gate, done, **options):
+        judgement = Judgement(sha256_file(file), [*done, Verdict("contract", True, sandboxed=True)], sandboxed=True)
+        after_gate(judgement)
+        judgement.verdicts.append(Verdict("G4.fp32", True, sandboxed=True))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Judge, "judge", judge)
+
+
+def ends_with_g4(monkeypatch):
+    """A judge that finds G4 after what is done."""
+
+    def judge(self, file, *, after_gate, done, **options):
+        return Judgement(sha256_file(file), [*done, Verdict("G4.fp32", True, sandboxed=True)], sandboxed=True)
+
+    monkeypatch.setattr(runner.Judge, "judge", judge)
+
+
+def test_a_judging_that_was_cut_off_goes_on_where_it_was(place, monkeypatch):
+    cut_off_after_a_gate(monkeypatch)
+    assert run().exit_code == 130
+    assert not Path("verdicts.json").exists()
+    ends_with_g4(monkeypatch)
+    result = run("--resume")
+    assert result.exit_code == 0
+    assert "going on after contract" in result.stderr
+    record = json.loads(Path("verdicts.json").read_text())
+    assert [v["gate"] for v in record["verdicts"]] == ["contract", "G4.fp32"]
+    with Ledger(Path("runs/ledger")) as ledger:
+        assert ledger.query("SELECT count(*) AS n FROM judgings")[0]["n"] == 1
+        assert [v["gate"] for v in ledger.verdicts(record["sha256"])] == ["G4.fp32", "contract"]
+        assert ledger.candidates()[0]["passed"]
+    again = run("--resume")
+    assert "from the beginning" in again.stderr
+
+
+@pytest.mark.parametrize("other", ["--bitwise", "--champion=champion.py", "--set=recipe.lr=5e-3", "its content"])
+def test_what_was_found_for_another_question_is_not_taken_over(place, monkeypatch, other):
+    Path("champion.py").write_text("# a champion")
+    cut_off_after_a_gate(monkeypatch)
+    run()
+    ends_with_g4(monkeypatch)
+    if other == "its content":
+        Path("engine.py").write_text("# an engine, changed")
+    result = run("--resume", *([] if other == "its content" else [other]))
+    assert "from the beginning" in result.stderr
+    assert [v["gate"] for v in json.loads(Path("verdicts.json").read_text())["verdicts"]] == ["G4.fp32"]
+
+
+def test_a_file_that_changes_before_it_is_frozen_gets_no_verdicts_of_the_old_one(place, monkeypatch):
+    def judge(self, file, *, after_gate, done, **options):
+        return Judgement("5f1c", [*done, Verdict("G4.fp32", True, sandboxed=True)], sandboxed=True)
+
+    monkeypatch.setattr(runner.Judge, "judge", judge)
+    result = CliRunner().invoke(app, ["judge", "engine.py", "--target", "tiny.toml"])
+    assert "was changed as it was read" in str(result.exception)
+    assert not Path("verdicts.json").exists()
+
+
+def test_resuming_a_part_is_refused(place, outcome):
+    result = CliRunner().invoke(app, ["judge", "engine.py", "--target", "tiny.toml", "--resume", "--gates", "G4"])
+    assert "--resume" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_a_real_judging_that_is_killed_goes_on(place):
+    options = ["--set=hardware.threads=1", "--set=gates.g5_steps=8", "--set=reference.name=transformers"]
+    Path("engine.py").write_text(write_engine(read_target(Path("tiny.toml"), None), Plan.textbook()))
+    argv = [sys.executable, "-m", "forgetrain", "judge", "engine.py", "--target", "tiny.toml", *options]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as killed:
+        for line in killed.stderr:
+            if line.startswith("G4.update passed"):
+                break
+        killed.kill()
+    result = run("--resume", *options)
+    assert "going on after contract" in result.stderr
+    assert "contract passed" not in result.stderr
+    record = json.loads(Path("verdicts.json").read_text())
+    gates = ["contract", "G4.update", "G4.fp32", "G7.replay", "G7", "G8", "G5", "G6", "G3"]
+    assert [v["gate"] for v in record["verdicts"]] == gates
+    assert result.exit_code == 0, result.stderr
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def runs(tmp_path):
         parent = ledger.add_candidate(target, b"a = 1\nb = 2\n", message="first")
         child = ledger.add_candidate(target, b"a = 1\nb = 3\n", message="second", parent=parent)
         judging = ledger.begin_judging(target, child, environment={})
-        ledger.add_verdict(judging, Verdict("G2", False, explanation="loss differs at step 1"))
+        ledger.add_verdicts(judging, [Verdict("G2", False, explanation="loss differs at step 1")])
         ledger.end_judging(judging, passed=False, sandboxed=False)
     return tmp_path, parent, child
 

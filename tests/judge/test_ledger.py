@@ -28,7 +28,7 @@ def ledger(tmp_path):
 def judged(ledger: Ledger, target: str, source: bytes, passed: bool, parent: str | None = None) -> tuple[str, str]:
     candidate = ledger.add_candidate(target, source, parent=parent, proposer="test", message="m", diff="-a\n+b\n")
     judging = ledger.begin_judging(target, candidate, environment={"torch": "2"})
-    ledger.add_verdict(judging, Verdict("G2", passed, 1.0, 2.0, 1.0, "lm_head#fwd@0", {"a": [1]}, "words", True))
+    ledger.add_verdicts(judging, [Verdict("G2", passed, 1.0, 2.0, 1.0, "lm_head#fwd@0", {"a": [1]}, "words", True)])
     ledger.end_judging(judging, passed=passed, sandboxed=True)
     return candidate, judging
 
@@ -69,7 +69,7 @@ def test_repeating_every_call_counts_nothing_twice(ledger):
         candidate = ledger.add_candidate(target, b"x", attempt=attempt)
         ledger.spend(attempt, seconds=2.0, tokens=10, dollars=0.5)
         judging = ledger.begin_judging(target, candidate, environment={}, id="j1")
-        ledger.add_verdict(judging, Verdict("G2", True))
+        ledger.add_verdicts(judging, [Verdict("G2", True)])
         ledger.add_samples(judging, [("main", "champion", 0, 0, 1.0)])
         ledger.end_judging(judging, passed=True, sandboxed=True)
         ledger.elect(judging)
@@ -117,6 +117,7 @@ def test_a_ledger_of_the_first_version_goes_on(tmp_path):
         target = ledger.add_target(tiny_target())
         ledger._connection.execute("DROP TABLE depositions")
         ledger._connection.execute("DROP TABLE profiles")
+        ledger._connection.execute("ALTER TABLE judgings DROP COLUMN options")
         ledger._connection.execute("PRAGMA user_version = 1")
     with Ledger(tmp_path) as ledger:
         assert ledger.champion(target) is None
@@ -133,6 +134,21 @@ def test_interrupted_work_is_counted_and_closed(ledger):
     assert ledger.end_interrupted(target) == []
     assert ledger.spent(target) == Spent(1, 5.0, 0, 0.25)
     assert ledger.candidates(target)[0]["passed"] == 0
+
+
+def test_a_judging_by_hand_is_not_the_loops_to_end(ledger):
+    target = ledger.add_target(tiny_target())
+    candidate = ledger.add_candidate(target, b"x")
+    asked = {"environment": {"torch": "2"}, "purpose": "hand", "options": {"champion": None}}
+    judging = ledger.begin_judging(target, candidate, **asked)
+    verdicts = [Verdict("G4.fp32", True, 1.0, 2.0, 1.0, None, {"a": [1]}, "words", True), Verdict("G4.bf16", False)]
+    ledger.add_verdicts(judging, verdicts)
+    ledger.end_interrupted(target)
+    assert ledger.unfinished(target, candidate, **asked) == (judging, verdicts)
+    for other in ({"environment": {"torch": "3"}}, {"purpose": "gates"}, {"options": {"champion": "5f"}}):
+        assert ledger.unfinished(target, candidate, **{**asked, **other}) is None
+    ledger.end_judging(judging, passed=False, sandboxed=True)
+    assert ledger.unfinished(target, candidate, **asked) is None
 
 
 def test_order_is_kept_when_the_clock_steps_back(ledger, monkeypatch):
@@ -261,7 +277,7 @@ with Ledger(Path(sys.argv[1])) as ledger:
         attempt = ledger.begin_attempt(target, proposer="p", id=f"attempt-{i}")
         candidate = ledger.add_candidate(target, b"source %d" % i, attempt=attempt)
         judging = ledger.begin_judging(target, candidate, environment={}, id=f"judging-{i}")
-        ledger.add_verdict(judging, Verdict("G2", True))
+        ledger.add_verdicts(judging, [Verdict("G2", True)])
         ledger.end_judging(judging, passed=True, sandboxed=True)
         ledger.elect(judging)
         ledger.spend(attempt, seconds=1.0)

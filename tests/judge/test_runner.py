@@ -16,6 +16,7 @@ import pytest
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
+from forgetrain.gates.verdict import Verdict
 from forgetrain.judge import runner, trials
 from forgetrain.judge.runner import BITWISE, COMPILED_KEPT, KNOWN_GOOD, NUMERIC, Effort, Judge, Trial
 from forgetrain.judge.words import QUESTIONS
@@ -289,6 +290,23 @@ def test_sources_that_were_never_installed_are_refused_before_the_first_gate(tmp
         monkeypatch.setattr(importlib.metadata, "distribution", missing)
         with pytest.raises(UserError, match=r"not installed here.*pip install"):
             judge.judge(textbook(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("passed", "all_gates", "run"), [(True, False, ["G8", "G5"]), (False, True, ["G8", "G5"]), (False, False, [])]
+)
+def test_gates_that_are_done_do_not_run_again(tmp_path, monkeypatch, passed, all_gates, run):
+    done = [Verdict(gate, passed) for gate in ("contract", "G4.update", "G4.fp32", "G4.bf16", "G7.replay", "G7")]
+    done += [Verdict(gate, True) for gate in ("G6", "G3", "G9")]
+    kept = []
+    for gate in trials.GATES:
+        monkeypatch.setitem(trials.GATES, gate, lambda trial, gate=gate: iter([Verdict(gate, True, sandboxed=True)]))
+    with make_judge(tmp_path) as judge:
+        result = judge.judge(
+            textbook(tmp_path), done=done, all_gates=all_gates, after_gate=lambda j: kept.append(j.verdicts[-1].gate)
+        )
+    assert (kept, [v.gate for v in result.verdicts[len(done) :]]) == (run, run)
+    assert not result.sandboxed  # what was done was not
 
 
 def test_every_verdict_has_its_question():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,28 +37,45 @@ def command(
     allow_unsandboxed: Annotated[
         bool, typer.Option("--allow-unsandboxed", help="Let verdicts count that were reached without bubblewrap.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a judging that was cut off: gates that it had finished do not run."),
+    ] = False,
     overrides: Overrides = None,
     runs: RunsFolder = DEFAULT_RUNS,
     as_json: Json = False,
 ) -> None:
     """Judge an engine file: run it in the sandbox, through every gate and against the clock, and say why."""
-    from forgetrain.judge.runner import Judge  # loads torch
+    from forgetrain.judge.by_hand import keeping  # loads torch
+    from forgetrain.judge.runner import Judge
 
     target = read_target(target_file, overrides)
-    if not file.is_file():
-        raise UserError("no such engine file", file=file, remedy="name an engine's .py file")
+    for engine in (file, champion):
+        if engine is not None and not engine.is_file():
+            raise UserError("no such engine file", file=engine, remedy="name an engine's .py file")
     data = runs / target.name / "data"
     names = None if gates is None else tuple(name.strip() for name in gates.split(","))
-    with Judge(target, data=data if data.is_dir() else None, roofline_seconds=roofline_seconds(target)) as judge:
-        judgement = judge.judge(
-            file, champion=champion, gates=names, bitwise=bitwise, all_gates=all_gates, on_verdict=explain
+    if resume and names is not None:
+        raise UserError(
+            "goes on with a judging by all gates", key="--resume", remedy="leave out one of --resume and --gates"
         )
+    options: dict[str, Any] = {"bitwise": bitwise, "all_gates": all_gates}
+    with contextlib.ExitStack() as stack:
+        judge = stack.enter_context(
+            Judge(target, data=data if data.is_dir() else None, roofline_seconds=roofline_seconds(target))
+        )
+        if names is not None:
+            judgement = judge.judge(file, champion=champion, gates=names, on_verdict=explain, **options)
+        else:
+            asked = {"bitwise": bitwise, "champion": champion and sha256_file(champion), "data": data.is_dir()}
+            kept = stack.enter_context(keeping(runs, target, file, asked, resume=resume))
+            _say_done(kept.done, resume)
+            options |= {"done": kept.done, "after_gate": kept.add}
+            judgement = judge.judge(file, champion=champion, on_verdict=explain, **options)
+            kept.end(judgement)
     counts = judgement.sandboxed or allow_unsandboxed
     _say(judgement, counts)
-    recorded = None
-    if names is None and counts:
-        recorded = record(file, judgement)
-        keep(runs, target, file, judgement)
+    recorded = record(file, judgement) if names is None and counts else None
     emit({**as_plain(judgement), "counts": counts, "recorded": recorded and str(recorded)}, as_json)
     if not (judgement.passed and counts):
         raise typer.Exit(1)
@@ -92,6 +110,16 @@ def _say(judgement: Judgement, counts: bool) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def _say_done(done: list[Verdict], resume: bool) -> None:
+    if done:
+        line = f"going on after {', '.join(verdict.gate for verdict in done)}"
+    elif resume:
+        line = "no judging of this file for this target was cut off on such a machine; from the beginning"
+    else:
+        return
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def as_plain(judgement: Judgement) -> dict[str, Any]:
     return {
         "passed": judgement.passed,
@@ -124,25 +152,6 @@ def record(file: Path, judgement: Judgement) -> Path | None:
             verdicts = {verdict["gate"]: verdict for verdict in before.get("verdicts", [])} | verdicts
     write_json(path, {"sha256": judgement.candidate, "verdicts": list(verdicts.values())})
     return path
-
-
-def keep(runs: Path, target: Target, file: Path, judgement: Judgement) -> None:
-    """Puts the judging into the ledger."""
-    from forgetrain.judge.ledger import Ledger
-    from forgetrain.numerics.determinism import fingerprint
-
-    source = file.read_bytes()
-    with Ledger(runs / "ledger") as ledger:
-        key = ledger.add_target(target)
-        candidate = ledger.add_candidate(key, source, message=f"judged by hand: {file.name}")
-        if candidate != judgement.candidate:
-            return  # the file changed while it was judged: what was judged is not there any more
-        environment = fingerprint(device=target.hardware.device, threads=target.hardware.threads)
-        judging = ledger.begin_judging(key, candidate, environment=environment, purpose="hand")
-        for verdict in judgement.verdicts:
-            ledger.add_verdict(judging, verdict)
-        ledger.add_samples(judging, judgement.samples)
-        ledger.end_judging(judging, passed=judgement.passed, sandboxed=judgement.sandboxed)
 
 
 def roofline_seconds(target: Target) -> float:

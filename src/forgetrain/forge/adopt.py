@@ -24,9 +24,8 @@ def adopt_aligned(ledger: Ledger, target: str, run: Path, environment: Mapping[s
     champion = ledger.champion(target)
     if champion is None or (champion["candidate"] != digest and _is_aligned(ledger, champion)):
         judging = ledger.begin_judging(target, digest, environment=environment, purpose="aligned")
-        for plain in find_verdicts(file, []) or []:
-            values = {key: value for key, value in plain.items() if key != "pass"}
-            ledger.add_verdict(judging, Verdict(passed=plain["pass"], **values))
+        recorded = find_verdicts(file, []) or []
+        ledger.add_verdicts(judging, [Verdict.from_dict(plain) for plain in recorded])
         ledger.end_judging(judging, passed=True, sandboxed=False)
         ledger.elect(judging)
         keep_commit(run, run.name, digest, source.decode(), "aligned engine")

@@ -243,8 +243,7 @@ class Loop:
         judgements = cluster.judge_all([source.encode() for source in fresh], champion.source.encode())
         found = dict(zip(fresh, judgements, strict=True))
         for source, judgement in found.items():
-            for verdict in judgement.verdicts:
-                self.ledger.add_verdict(fresh[source], verdict)
+            self.ledger.add_verdicts(fresh[source], judgement.verdicts)
             self._end_judging(fresh[source], judgement)
         for id, began, proposal, parent in asked:
             judgement = found.pop(proposal.source, None)
@@ -382,7 +381,7 @@ class Loop:
         judging = self._begin_judging(digest, purpose, id)
 
         def keep(verdict: Verdict) -> None:
-            self.ledger.add_verdict(judging, verdict)
+            self.ledger.add_verdicts(judging, [verdict])
             if self._attempt_began is not None:  # what was spent until a kill counts
                 attempt, began = self._attempt_began
                 self.ledger.spend(attempt, seconds=time.monotonic() - began)

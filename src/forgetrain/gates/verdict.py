@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -30,3 +31,9 @@ class Verdict:
         """Plain values for ``verdicts.json`` and the ledger, where ``passed`` is called ``pass``."""
         values = asdict(self)
         return {"gate": values.pop("gate"), "pass": values.pop("passed"), **values}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Verdict:
+        """What ``as_dict`` gave, or a row of the ledger; keys that no verdict has are left out."""
+        values = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
+        return cls(**{**values, "passed": bool(plain["pass"]), "sandboxed": bool(plain.get("sandboxed"))})

@@ -4,9 +4,9 @@
         target = ledger.add_target(target)
         attempt = ledger.begin_attempt(target, proposer="catalogue")
         candidate = ledger.add_candidate(target, source, parent=champion, attempt=attempt)
-        judging = ledger.begin_judging(candidate, environment)
+        judging = ledger.begin_judging(target, candidate, environment=environment)
         ledger.add_verdicts(judging, verdicts)
-        ledger.end_judging(judging, passed=True)
+        ledger.end_judging(judging, passed=True, sandboxed=True)
         ledger.end_attempt(attempt, "accepted", seconds=4.2)
 
 Each call is one durable transaction, and each row has a key that its caller or its content decides, so that a process
@@ -67,6 +67,10 @@ def key_of_plain(plain: Mapping[str, Any]) -> str:
 def _described(plain: Mapping[str, Any]) -> str:
     sections = {name: value for name, value in plain.items() if name not in ("search", "train")}
     return json.dumps(sections, sort_keys=True)
+
+
+def _options(options: Mapping[str, Any] | None) -> str:
+    return json.dumps(dict(options or {}), sort_keys=True)
 
 
 class Ledger:
@@ -252,27 +256,47 @@ class Ledger:
         *,
         environment: Mapping[str, Any],
         purpose: str = "gates",
+        options: Mapping[str, Any] | None = None,
         id: str | None = None,
     ) -> str:
         """``purpose``: gates, part (of the gates), confirmation, verification of the champion again, aligned, or hand
-        (``forgetrain judge``: no part of the forging). Returns the judging's id."""
+        (``forgetrain judge``: no part of the forging). ``options``: what it was asked for, where one that was cut off
+        can be gone on with. Returns the judging's id."""
         key = id or uuid.uuid4().hex
-        row = (key, target, candidate, purpose, json.dumps(dict(environment)), time.time())
+        row = (key, target, candidate, purpose, json.dumps(dict(environment)), time.time(), _options(options))
         with self._transaction() as db:
             db.execute(
-                "INSERT OR IGNORE INTO judgings (id, target, candidate, purpose, environment, began) "
-                "VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR IGNORE INTO judgings (id, target, candidate, purpose, environment, began, options) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
                 row,
             )
         return key
 
-    def add_verdict(self, judging: str, verdict: Verdict) -> None:
-        """A gate judges once in a judging: the first verdict stays."""
-        v = verdict
-        row = (judging, v.gate, v.passed, v.statistic, v.threshold, v.margin, v.first_divergence)
-        row += (json.dumps(v.detail, default=str), v.explanation, v.sandboxed, time.time())
+    def unfinished(
+        self, target: str, candidate: str, *, environment: Mapping[str, Any], purpose: str, options: Mapping[str, Any]
+    ) -> tuple[str, list[Verdict]] | None:
+        """The latest such judging that was cut off, with the verdicts it had reached, or None."""
+        rows = self.query(
+            "SELECT id FROM judgings WHERE target = ? AND candidate = ? AND environment = ? AND purpose = ? "
+            "AND options = ? AND ended IS NULL ORDER BY number DESC LIMIT 1",
+            (target, candidate, json.dumps(dict(environment)), purpose, _options(options)),
+        )
+        if not rows:
+            return None
+        found = self.query("SELECT * FROM verdicts WHERE judging = ? ORDER BY rowid", (rows[0]["id"],))
+        return rows[0]["id"], [Verdict.from_dict({**row, "detail": json.loads(row["detail"])}) for row in found]
+
+    def add_verdicts(self, judging: str, verdicts: Iterable[Verdict]) -> None:
+        """All of them or none. A gate judges once in a judging: the first verdict stays."""
+        rows = [
+            (
+                *(judging, v.gate, v.passed, v.statistic, v.threshold, v.margin, v.first_divergence),
+                *(json.dumps(v.detail, default=str), v.explanation, v.sandboxed, time.time()),
+            )
+            for v in verdicts
+        ]
         with self._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def add_samples(self, judging: str, rows: Iterable[tuple[str, str, int, int, float]]) -> None:
         """Timing samples: (run, engine, block, step, seconds)."""
@@ -330,7 +354,8 @@ class Ledger:
             )
 
     def end_interrupted(self, target: str) -> list[str]:
-        """Ends the attempts and judgings that a kill cut off; to be called by the one loop that owns the target.
+        """Ends the attempts and judgings that a kill cut off; to be called by the one loop that owns the target. A
+        judging by hand is nobody's but its own.
 
         Returns the ids of those attempts. They count, with what they had cost."""
         with self._transaction() as db:
@@ -340,7 +365,8 @@ class Ledger:
                 (time.time(), target),
             )
             db.execute(
-                "UPDATE judgings SET passed = 0, ended = ? WHERE target = ? AND ended IS NULL", (time.time(), target)
+                "UPDATE judgings SET passed = 0, ended = ? WHERE target = ? AND ended IS NULL AND purpose != 'hand'",
+                (time.time(), target),
             )
         return [row["id"] for row in rows]
 

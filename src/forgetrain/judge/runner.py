@@ -160,6 +160,8 @@ class Judge:
         bitwise: bool = False,
         all_gates: bool = False,
         on_verdict: Callable[[Verdict], None] = lambda verdict: None,
+        done: Sequence[Verdict] = (),
+        after_gate: Callable[[Judgement], None] = lambda judgement: None,
     ) -> Judgement:
         """Runs the gates in order and stops at the first that fails, unless ``all_gates``.
 
@@ -168,6 +170,9 @@ class Judge:
                 kind, which need not be.
             gates: names of BITWISE or NUMERIC to run instead of all of them.
             bitwise: whether the candidate must equal the reference bit for bit.
+            done: verdicts that a judging of the same file, which was cut off, had reached: their gates do not run
+                again, and they are the first of this judgement's.
+            after_gate: called with what there is so far whenever a gate has given all its verdicts.
 
         Raises:
             UserError: no such file or gate, bits asked for of fp8 or of ranks that share layers or rows, or the
@@ -197,16 +202,19 @@ class Judge:
         with self._freeze(file) as (frozen, digest), folder_in(self.scratch) as second:
             box = self._sandbox(frozen, digest)
             trial = Trial(self, frozen, box, draw_seed(), champion, second, bitwise=bitwise)
-            judgement = Judgement(digest, sandbox=box.description, sandboxed=box.sandboxed)
+            judgement = Judgement(digest, list(done), sandbox=box.description, sandboxed=box.sandboxed)
+            judgement.sandboxed = box.sandboxed and all(verdict.sandboxed for verdict in done)
+            over = {_name_of(verdict.gate, known) for verdict in done}
             for name in known:
-                if gates is not None and name not in gates:
+                if name in over or (gates is not None and name not in gates):
                     continue
+                if judgement.verdicts and not judgement.passed and not all_gates:
+                    break
                 for verdict in trial.run(name):
                     judgement.verdicts.append(verdict)
                     on_verdict(verdict)
-                if not judgement.passed and not all_gates:
-                    break
-            judgement.speed, judgement.samples = trial.speed, trial.samples
+                judgement.speed, judgement.samples = trial.speed, trial.samples
+                after_gate(judgement)
         memory.give_back()  # a candidate chooses the sizes of what it is asked for
         judgement.seconds = time.monotonic() - began
         return judgement
@@ -298,6 +306,11 @@ class Judge:
             folder=box.cache,
             timeout=self.effort.timeout,
         )
+
+
+def _name_of(gate: str, known: Sequence[str]) -> str:
+    """The gate that gave a verdict: G7.replay's is G7, G4.update has a name of its own."""
+    return gate if gate in known else gate.partition(".")[0]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 SCHEMA = """
 CREATE TABLE targets (
     hash TEXT PRIMARY KEY, name TEXT NOT NULL, plain TEXT NOT NULL, added REAL NOT NULL
@@ -59,6 +59,9 @@ CREATE TABLE profiles (
     environment TEXT NOT NULL, profile TEXT NOT NULL, added REAL NOT NULL,
     UNIQUE (target, candidate, environment)
 );
+""",
+    4: """
+ALTER TABLE judgings ADD COLUMN options TEXT NOT NULL DEFAULT '{}';
 """,
 }
 TABLES = (
