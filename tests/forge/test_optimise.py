@@ -14,7 +14,7 @@ from forgetrain.durable import read_json, sha256_file, write_json
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
-from forgetrain.forge.optimise import Loop
+from forgetrain.forge.optimise import CONFIRMED, Loop
 from forgetrain.forge.profile import Profile
 from forgetrain.forge.proposers.base import Cost, NoProposal, Proposal
 from forgetrain.forge.proposers.catalogue import Catalogue
@@ -40,6 +40,8 @@ class Verdicts:
         ratio = speed(source) / (speed(Path(champion).read_text()) if champion else 1.0)
         detail = {"ratio": ratio, "low": ratio, "high": ratio}
         verdicts = [Verdict("G7", ratio > 1.01, ratio, 1.01, ratio - 1.01, detail=detail, sandboxed=self.sandboxed)]
+        if gates is not None and "G7" not in gates:
+            verdicts = []
         if gates is None or "G4" in gates:
             verdicts.insert(0, Verdict("G4", "bad" not in source, explanation="secret", sandboxed=self.sandboxed))
         done = []
@@ -124,10 +126,25 @@ def test_of_a_hidden_gate_a_brief_tells_pass_or_fail_alone(tmp_path):
     assert "G7" in script.briefs[2].first_failure
 
 
+def test_a_part_without_the_race_is_decided_by_one(tmp_path):
+    target, judge = prepared(tmp_path), Verdicts()
+    script = Script(["speed = 0.9\n", "bad\nspeed = 9\n", "speed = 1.5\n"])
+    lines = []
+    part = loop(target, tmp_path, script, judge, gates=["contract", "G4"], say=lines.append)
+    outcome = part.run()
+    assert (outcome.elections, outcome.gain) == (1, pytest.approx(1.5))
+    assert "not confirmed by G7, 0.900 times the champion" in lines[0]
+    assert "rejected by G4" in lines[1]
+    rows = part.ledger.query("SELECT purpose FROM judgings ORDER BY number")
+    assert [row["purpose"] for row in rows] == ["aligned", "part", "confirmation", "part", "part", "confirmation"]
+    provenance = read_json(outcome.folder / "provenance.json", "")
+    assert [verdict["gate"] for verdict in provenance["verdicts"]] == ["G4", "G7"]
+
+
 def test_nor_does_the_reason_why_a_hidden_gate_did_not_confirm(tmp_path):
     class Replayed(Verdicts):
         def judge(self, file, *, on_verdict, gates=None, **options):
-            if gates != ["G7"]:
+            if gates != CONFIRMED:
                 return super().judge(file, on_verdict=on_verdict, gates=gates, **options)
             verdict = Verdict("G7.replay", False, explanation="secret")
             on_verdict(verdict)
@@ -239,7 +256,7 @@ def test_attempts_of_a_round_are_judged_at_once_and_must_beat_who_was_elected_me
     reasons = [line.split(": ")[2].partition(" (")[0] for line in lines[:5]]
     assert reasons == [
         "elected, 1.500 times the champion",
-        "not confirmed by G7",
+        "not confirmed by G7, 0.800 times the champion",
         "rejected by G4",
         "nothing more",  # of the second round, before its candidates are judged
         "was judged before",

@@ -42,6 +42,8 @@ from forgetrain.spec.target import Target
 
 #: Of hidden gates a proposer sees pass or fail alone.
 OPEN_GATES = ("contract", "G1", "G7", "G8")
+#: What decides an election afresh, after all the gates or a part of them.
+CONFIRMED = ("G7", "G8")
 
 
 class Loop:
@@ -366,11 +368,15 @@ class Loop:
         trusted = name == self.catalogue.name
         if not (judgement.sandboxed or trusted or self.allow_unsandboxed):
             return "rejected", "unsandboxed, so not elected; see --allow-unsandboxed", None
-        confirmed, judging = self._through_gates(digest, champion, "confirmation", ["G7"])
-        failed, detail = confirmed.first_failure(), confirmed.verdicts[-1].detail or {}
+        confirmed, judging = self._through_gates(digest, champion, "confirmation", CONFIRMED)
+        failed = confirmed.first_failure()
+        detail = next((verdict.detail for verdict in confirmed.verdicts if verdict.gate == "G7"), {})
         if failed is not None:  # it may be slower now, or broken, or refused as impossible: its verdict says which
+            ratio = detail.get("ratio")
             why = f": {failed.explanation}" if failed.gate in OPEN_GATES else ""
-            return "rejected", f"not confirmed by {failed.gate}{why}", detail.get("ratio")
+            if failed.gate == "G7" and ratio:
+                why = f", {ratio:.3f} times the champion"
+            return "rejected", f"not confirmed by {failed.gate}{why}", ratio
         self.ledger.elect(judging, ratio=detail["ratio"], low=detail["low"], high=detail["high"])
         self.first_failure = None
         return "accepted", f"elected, {detail['ratio']:.3f} times the champion", detail["ratio"]
