@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from forgetrain.cli import report
-from forgetrain.cli.judge import keep
 from forgetrain.errors import UserError
 from forgetrain.forge.profile import Profile
 from forgetrain.forge.proposers.base import Proposal
+from forgetrain.judge.by_hand import keeping
 from forgetrain.judge.ledger import Ledger
 from forgetrain.report.forge import write_forge_report
 from tests.forge.test_optimise import Script, Verdicts, loop, prepared
@@ -105,7 +105,8 @@ def test_what_somebody_judged_by_hand_is_no_part_of_the_forging(tmp_path):
 
     before = told()
     against_nobody = Verdicts().judge(folder / "engine.py", on_verdict=lambda verdict: None)
-    keep(tmp_path, target, folder / "engine.py", against_nobody)
+    with keeping(tmp_path, target, folder / "engine.py", {}) as kept:
+        kept.end(against_nobody)
     assert told() == before
     judge = Verdicts()
     assert loop(target, tmp_path, Script([]), judge).run().gain == pytest.approx(1.5)
