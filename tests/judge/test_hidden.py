@@ -80,3 +80,9 @@ def test_seeds():
     assert draw_seed() != draw_seed()
     assert derive(1, "a") != derive(1, "b") != derive(2, "b")
     assert 0 <= derive(draw_seed(), "x") < 2**61
+
+
+def test_rates_of_a_training_rise_over_its_warm_up():
+    risen, rising = Stream(TARGET, 5), Stream(TARGET, 5, warm_up=4)
+    shares = [rising.rate(step) / risen.rate(step) for step in range(6)]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])

@@ -7,8 +7,10 @@ import pytest
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
-from forgetrain.judge.layouts import layout_of
+from forgetrain.judge.layouts import command_target, layout_of
 from forgetrain.judge.runner import Effort, Judge
+from forgetrain.spec.schedule import learning_rate
+from forgetrain.spec.target import parse_target
 from tests.tiny import tiny_target
 
 TENSOR, CONTEXT, BOTH = {"tensor": 2}, {"context": 2}, {"tensor": 2, "context": 2}
@@ -197,3 +199,13 @@ def test_layouts_in_words():
 def test_ranks_that_cannot_be_are_refused(parallel, ranks, problem):
     with pytest.raises(UserError, match=problem):
         layout(parallel, ranks)
+
+
+@pytest.mark.parametrize(("warm_up", "trained", "highest"), [(0, 100, 1e-2), (10, 100, 1e-2), (2000, 100, 1.3e-3)])
+def test_rates_of_the_command_rise_no_faster_than_in_the_gates_trainings(warm_up, trained, highest):
+    recipe = {"warmup_steps": warm_up, "steps": 4000, "lr": 1e-2, "min_lr": 1e-3}
+    target = command_target(tiny_target(recipe=recipe, gates={"g5_steps": trained}).at_gates_shape())
+    rates = [learning_rate(target.recipe, step) for step in range(12)]
+    assert max(rates) == pytest.approx(highest)
+    assert rates == [*sorted(rates[:9]), *sorted(rates[9:], reverse=True)]  # up, and down again
+    assert parse_target(target.plain()) == target

@@ -111,3 +111,8 @@ def test_a_number_that_trains_nothing_is_refused(override, message):
 
 def test_a_time_is_a_seed():
     assert load("nano-cpu", "recipe.seed=1764176400123456789").recipe.seed == 1764176400123456789
+
+
+@pytest.mark.parametrize(("name", "steps"), [("nano-cpu", 10), ("minicpm4-0.5b-h200", 100)])
+def test_trainings_of_gates_warm_up_as_the_recipe_does_as_far_as_they_go(name, steps):
+    assert load(name).gates_warm_up == steps

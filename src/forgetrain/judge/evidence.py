@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from forgetrain import memory
-from forgetrain.engine.contract import Engine, Shard
+from forgetrain.engine.contract import Shard
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g2 import StepRecord
 from forgetrain.judge.hidden import Stream
@@ -39,10 +39,6 @@ def from_weights(
     """The first steps of a stream, after loading ``weights``."""
     engine.load(weights)
     return list(trajectory(engine, stream, 0, steps, hashed=hashed))
-
-
-def losses(engine: Engine, stream: Stream, steps: int) -> list[float]:
-    return [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(steps)]
 
 
 def clipped_gradients(

@@ -50,11 +50,12 @@ class Stream:
     """Batches of a target's shape, each a pure function of (seed, step), and their learning rates.
 
     ``data``: a built data folder, for real text in an order that the seed decides; else made-up text: a chain in which
-    a token decides the next one four times out of five, so that there is something to learn.
+    a token decides the next one four times out of five, so that there is something to learn. ``warm_up``: steps over
+    which the rates rise, where these are the steps of a training from initial weights.
     """
 
-    def __init__(self, target: Target, seed: int, data: Path | None = None):
-        self.target, self.seed = target, seed
+    def __init__(self, target: Target, seed: int, data: Path | None = None, *, warm_up: int = 0):
+        self.target, self.seed, self.warm_up = target, seed, warm_up
         self.loader: Loader | None = None
         if data is not None and (data / MANIFEST).is_file():
             recipe = target.recipe.model_copy(update={"seed": seed})
@@ -76,12 +77,14 @@ class Stream:
         return made._replace(mask=mask, loss_denominator=mask.sum())
 
     def rate(self, step: int) -> float:
-        """Learning rates between a third of the recipe's and all of it, no two alike; each four steps of a block have
-        one of every quarter, so that no few steps lie all on one side of a rate that a candidate waits for."""
+        """Learning rates between a third of the recipe's and all of it, no two alike, once they have risen; each four
+        steps of a block have one of every quarter, so that no few steps lie all on one side of a rate that a candidate
+        waits for."""
         block, place = divmod(step, 4)
         quarters = sorted(range(4), key=lambda quarter: derive(self.seed, "quarter", block, quarter))
         share = (quarters[place] + derive(self.seed, "rate", step) % 1000 / 1000) / 4
-        return self.target.recipe.lr * (1 + 2 * share) / 3
+        rise = min(1.0, (step + 1) / self.warm_up) if self.warm_up else 1.0
+        return rise * self.target.recipe.lr * (1 + 2 * share) / 3
 
     def _real(self, step: int) -> Batch:
         assert self.loader is not None

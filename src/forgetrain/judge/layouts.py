@@ -34,8 +34,8 @@ from forgetrain.spec.target import Target
 if TYPE_CHECKING:
     from forgetrain.judge.runner import Judge, Trial
 
-#: Steps of G9's runs, and how many lie between two checkpoints.
-_COMMAND_STEPS, _COMMAND_CHECKPOINT = 12, 2
+#: Steps of G9's runs, how many lie between two checkpoints, and over how many its rate falls.
+_COMMAND_STEPS, _COMMAND_CHECKPOINT, _COMMAND_DECAY = 12, 2, 4
 #: What of a state G3 compares: weighted sums of gradients. What they do to the rest is G4.update's.
 _COMPARED = ("exp_avg",)
 
@@ -153,7 +153,8 @@ def _bits(trial: Trial) -> Verdict:
 
 def _near(trial: Trial, precision: str) -> Verdict:
     judge, target = trial.judge, trial.judge.gates_target
-    ranks, stream = _ranks_with_devices(judge), trial.stream(target, "G3")
+    ranks = _ranks_with_devices(judge)
+    stream = trial.stream(target, "G3", warm_up=target.gates_warm_up)
     weights = initial_weights(target.model, derive(trial.seed, "G3"))
 
     def trained(module: str | Path, ranks: int, precision: str) -> _Training:
@@ -197,7 +198,7 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
     judge = trial.judge
     if judge.data is None:
         return
-    target = _for_command(judge.gates_target)
+    target = command_target(judge.gates_target)
     ranks = _ranks_with_devices(judge)
     rows = target.recipe.micro_batch_size * ranks // target.parallel.sharing
     if target.recipe.batch_size % rows and not target.gates.ranks:
@@ -227,9 +228,13 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
     yield g9(due, digest, found, layout=layout_of(target, ranks), tolerance=tolerance, sandboxed=trial.sandboxed)
 
 
-def _for_command(gates: Target) -> Target:
-    """A short run at the gates' shape with a few checkpoints; one step more than is taken."""
-    recipe = {"steps": _COMMAND_STEPS + 1, "warmup_steps": 2, "decay_steps": 4}
+def command_target(gates: Target) -> Target:
+    """A short run at the gates' shape with a few checkpoints; one step more than is taken. Its rates rise and fall, and
+    rise no faster than in the gates' trainings."""
+    steps, recipe = _COMMAND_STEPS + 1, gates.recipe
+    share = min(1.0, steps / gates.gates_warm_up) if gates.gates_warm_up else 1.0
+    rates = {"lr": recipe.lr * share, "min_lr": recipe.min_lr * share}
+    recipe = {"steps": steps, "warmup_steps": steps - _COMMAND_DECAY, "decay_steps": _COMMAND_DECAY, **rates}
     train = {
         "checkpoint_every": _COMMAND_CHECKPOINT,
         "keep_last": 2,

@@ -351,9 +351,9 @@ class Trial:
     def sandboxed(self) -> bool:
         return self.box.sandboxed
 
-    def stream(self, target: Target, purpose: str) -> Stream:
+    def stream(self, target: Target, purpose: str, *, warm_up: int = 0) -> Stream:
         """Batches and rates of this candidate's seed, for one purpose."""
-        return Stream(target, derive(self.seed, purpose), self.judge.data)
+        return Stream(target, derive(self.seed, purpose), self.judge.data, warm_up=warm_up)
 
     def process(self, target: Target, **options: Any) -> EngineProcess:
         """The candidate at a shape, in its sandbox; ``options`` are ``Judge.process``'s."""

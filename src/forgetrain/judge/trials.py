@@ -417,7 +417,8 @@ def _pool(trial: Trial, kind: str) -> list[Training]:
 
 def _train(trial: Trial, engine: EngineProcess, seed: int) -> Training:
     target, data = trial.judge.gates_target, trial.judge.data
-    stream, held_out = Stream(target, seed, data), Stream(target, derive(trial.judge.pool[0], "held-out"), data)
+    stream = Stream(target, seed, data, warm_up=target.gates_warm_up)
+    held_out = Stream(target, derive(trial.judge.pool[0], "held-out"), data)
     engine.load(_start(target, seed))
     steps = target.gates.g5_steps
     losses = [float(engine.step(stream.at(step), stream.rate(step)).loss) for step in range(steps)]

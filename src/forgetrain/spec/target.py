@@ -406,6 +406,13 @@ class Target(Section):
         shape = {key: getattr(self.gates, key) for key in ("batch_size", "micro_batch_size", "sequence_length")}
         return self.without_stages().model_copy(update={"recipe": self.recipe.model_copy(update=shape)})
 
+    @property
+    def gates_warm_up(self) -> int:
+        """Steps over which the learning rates of a gate's training rise: the recipe's warm-up, as far as such a
+        training goes. At once at full rate a model that is warmed up carries rounding so far that honest engines part:
+        after four steps MiniCPM4-0.5B's losses were 13% apart on an H200, and nothing was left to see."""
+        return min(self.recipe.warmup_steps, self.gates.g5_steps)
+
     def at_race_shape(self) -> Target:
         """This target, without stages, with as many rows a step as G7's race has; micro-batches are the recipe's."""
         rows = self.gates.race_batch_size or self.recipe.batch_size
