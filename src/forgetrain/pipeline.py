@@ -69,9 +69,10 @@ SEARCH = 60.0
 WHOLE = 300.0
 #: Seconds of exporting, generating and comparing, and of a step of training beside the engine's own time.
 _REST, _BESIDE = 25.0, 0.02
-#: What is judged again here, before the race that decides; the long trainings of G5 and G6 are forge's and verify's. An
-#: engine that was elected before it shipped is not drawn from hundreds, so it races once.
-QUICK_GATES = ("contract", "G4.update", "G4")
+#: What is judged again here; the long trainings of G5 and G6 are forge's and verify's.
+QUICK_GATES = ("contract", "G4.update", "G4", "G7", "G8")
+#: The same of one engine that the search did not choose, whom the race that decides tells nothing twice.
+REPLAYED = ("contract", "G4.update", "G4")
 QUICK_EFFORT = Effort(pairs=6, steps=2, keep=True)
 
 
@@ -272,7 +273,7 @@ class _Job:
         aligned, shipped = self.folder / "engine" / "engine.py", _shipped(self.target)
         options: dict[str, Any] = {"gates": QUICK_GATES, "effort": QUICK_EFFORT}
         with open_loop(self.target, self.runs, say=self.watcher.say, **options) as loop:
-            replayed = None if shipped is None else loop.replay(shipped)
+            replayed = None if shipped is None else loop.replay(shipped, REPLAYED)
             speed = {} if replayed is None else replayed.verification.get("speed", {})
             loop.until = self._until(speed.get("step_seconds", 0.5))
             ended = loop.run()

@@ -16,7 +16,7 @@ from forgetrain.durable import sha256_file
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.gates.verdict import Verdict
-from forgetrain.judge import runner
+from forgetrain.judge import by_hand, runner
 from forgetrain.judge.ledger import Ledger
 from forgetrain.judge.runner import Judgement
 from tests.tiny import GATES, MODEL, RECIPE
@@ -178,6 +178,39 @@ def test_a_file_that_changes_before_it_is_frozen_gets_no_verdicts_of_the_old_one
     result = CliRunner().invoke(app, ["judge", "engine.py", "--target", "tiny.toml"])
     assert "was changed as it was read" in str(result.exception)
     assert not Path("verdicts.json").exists()
+
+
+def test_what_was_reached_without_a_sandbox_is_neither_kept_nor_gone_on_with(place, monkeypatch):
+    def judge(self, file, *, after_gate, done, **options):
+        after_gate(Judgement(sha256_file(file), [*done, Verdict("contract", True)], sandboxed=False))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Judge, "judge", judge)
+    run()
+    with Ledger(Path("runs/ledger")) as ledger:
+        assert ledger.query("SELECT * FROM judgings") == []
+    run("--allow-unsandboxed")
+    ends_with_g4(monkeypatch)
+    assert "from the beginning" in run("--resume").stderr
+
+
+def test_gates_or_tokens_that_changed_are_another_question(place, monkeypatch):
+    cut_off_after_a_gate(monkeypatch)
+    run()
+    ends_with_g4(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(by_hand, "_code", lambda: "other")
+        assert "from the beginning" in run("--resume").stderr
+    Path("runs/tiny/data").mkdir(parents=True)
+    Path("runs/tiny/data/manifest.json").write_text("{}")
+    assert "from the beginning" in run("--resume").stderr
+
+
+def test_two_judgings_of_a_file_at_once_are_refused(place, outcome):
+    digest = sha256_file(Path("engine.py"))[:12]
+    with Ledger(Path("runs/ledger")) as ledger, ledger.claim(f"engine.py-{digest}-tiny"):
+        result = CliRunner().invoke(app, ["judge", "engine.py", "--target", "tiny.toml"])
+    assert "another process" in str(result.exception)
 
 
 def test_resuming_a_part_is_refused(place, outcome):

@@ -56,10 +56,10 @@ def test_a_champion_on_the_old_engine_that_is_deposed_leaves_the_new_one(tmp_pat
 
 def test_a_loop_of_a_part_of_the_gates_goes_on_from_the_new_engine(tmp_path):
     target, ships = prepared(tmp_path), Proposal("bad ships\n", "ships")
-    loop(target, tmp_path, Script([]), gates=["G4", "G7"]).replay(ships)
+    loop(target, tmp_path, Script([]), gates=["G4", "G7"]).replay(ships, ["G4", "G7"])
     align_again(tmp_path, target)
     quick = loop(target, tmp_path, Script(["speed = 2\n"]), gates=["G4", "G7"])
-    assert quick.replay(ships) is None
+    assert quick.replay(ships, ["G4", "G7"]) is None
     assert quick.run().gain == pytest.approx(2.0)
 
 

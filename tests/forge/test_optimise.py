@@ -177,13 +177,13 @@ def test_a_brief_tells_where_the_champions_time_goes(tmp_path):
 def test_who_was_elected_by_a_part_of_the_gates_meets_them_all_before_the_next_attempt(tmp_path):
     target, judge = prepared(tmp_path), Verdicts()
     quick = loop(target, tmp_path, Script([]), judge, gates=["G4", "G7"])
-    outcome = quick.replay(Proposal("speed = 1.2\n", "ships"))
+    outcome = quick.replay(Proposal("speed = 1.2\n", "ships"), ["G4", "G7"])
     assert outcome is not None
     assert (outcome.elections, outcome.verified, outcome.gain) == (1, None, pytest.approx(1.2))
     assert len(judge.seen) == 2  # judged and confirmed; nobody verified it
     provenance = read_json(outcome.folder / "provenance.json", "")
     assert {verdict["gate"]: verdict["pass"] for verdict in provenance["verdicts"]} == {"G4": True, "G7": True}
-    assert quick.replay(Proposal("speed = 1.2\n", "ships")) is None
+    assert quick.replay(Proposal("speed = 1.2\n", "ships"), ["G4", "G7"]) is None
     lines = []
     loop(target, tmp_path, Script([]), judge, say=lines.append).run()
     assert lines[0].startswith("the champion was elected by a part of the gates: it is judged again")
@@ -191,7 +191,9 @@ def test_who_was_elected_by_a_part_of_the_gates_meets_them_all_before_the_next_a
 
 def test_a_champion_that_passed_every_gate_again_before_the_first_attempt_does_not_have_to_at_the_end(tmp_path):
     target, judge = prepared(tmp_path), Verdicts()
-    loop(target, tmp_path, Script([]), judge, gates=["G4", "G7"]).replay(Proposal("speed = 1.2\n", "ships"))
+    loop(target, tmp_path, Script([]), judge, gates=["G4", "G7"]).replay(
+        Proposal("speed = 1.2\n", "ships"), ["G4", "G7"]
+    )
     judge.seen.clear()
     outcome = loop(target, tmp_path, Script(["bad\n"]), judge).run()
     assert outcome.verified
@@ -427,5 +429,5 @@ def test_what_is_submitted_goes_the_same_way(tmp_path):
 def test_two_loops_on_one_target_are_one_too_many(tmp_path):
     target = prepared(tmp_path)
     first, second = loop(target, tmp_path, Script([])), loop(target, tmp_path, Script([]))
-    with first.ledger.claim(target.name), pytest.raises(UserError, match="another loop"):
+    with first.ledger.claim(target.name), pytest.raises(UserError, match="another process"):
         second.run()

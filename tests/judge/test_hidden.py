@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from forgetrain.judge import trials
 from forgetrain.judge.hidden import Stream, derive, draw_seed, hidden_weights
 from tests.tiny import ARCHITECTURES, tiny_target
 
@@ -86,3 +89,17 @@ def test_rates_of_a_training_rise_over_its_warm_up():
     risen, rising = Stream(TARGET, 5), Stream(TARGET, 5, warm_up=4)
     shares = [rising.rate(step) / risen.rate(step) for step in range(6)]
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+def test_trainings_of_g5_and_g6_are_driven_at_rates_that_rise():
+    target = tiny_target(recipe={"warmup_steps": 4, "steps": 20}, gates={"g5_steps": 8}).at_gates_shape()
+    rates = []
+    engine = SimpleNamespace(
+        load=lambda weights: None,
+        step=lambda batch, rate: rates.append(rate) or SimpleNamespace(loss=1.0),
+        loss=lambda batch: 1.0,
+        state=lambda kinds: {},
+    )
+    trial = SimpleNamespace(judge=SimpleNamespace(gates_target=target, data=None, pool=[7]))
+    trials._train(trial, engine, 5)
+    assert rates == [Stream(target, 5, warm_up=4).rate(step) for step in range(8)]

@@ -201,11 +201,12 @@ def test_ranks_that_cannot_be_are_refused(parallel, ranks, problem):
         layout(parallel, ranks)
 
 
-@pytest.mark.parametrize(("warm_up", "trained", "highest"), [(0, 100, 1e-2), (10, 100, 1e-2), (2000, 100, 1.3e-3)])
+@pytest.mark.parametrize(("warm_up", "trained", "highest"), [(0, 100, 1e-2), (10, 100, 9e-3), (2000, 100, 9e-4)])
 def test_rates_of_the_command_rise_no_faster_than_in_the_gates_trainings(warm_up, trained, highest):
     recipe = {"warmup_steps": warm_up, "steps": 4000, "lr": 1e-2, "min_lr": 1e-3}
     target = command_target(tiny_target(recipe=recipe, gates={"g5_steps": trained}).at_gates_shape())
     rates = [learning_rate(target.recipe, step) for step in range(12)]
     assert max(rates) == pytest.approx(highest)
+    assert all(rate <= 1.0001e-2 * (step + 1) / (min(warm_up, trained) or 1) for step, rate in enumerate(rates))
     assert rates == [*sorted(rates[:9]), *sorted(rates[9:], reverse=True)]  # up, and down again
     assert parse_target(target.plain()) == target

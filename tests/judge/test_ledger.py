@@ -147,8 +147,12 @@ def test_a_judging_by_hand_is_not_the_loops_to_end(ledger):
     assert ledger.unfinished(target, candidate, **asked) == (judging, verdicts)
     for other in ({"environment": {"torch": "3"}}, {"purpose": "gates"}, {"options": {"champion": "5f"}}):
         assert ledger.unfinished(target, candidate, **{**asked, **other}) is None
-    ledger.end_judging(judging, passed=False, sandboxed=True)
-    assert ledger.unfinished(target, candidate, **asked) is None
+    later = ledger.begin_judging(target, candidate, **asked)
+    ledger.add_verdicts(later, [Verdict("G4.fp32", False)])
+    ledger.end_judging(later, passed=False, sandboxed=True)
+    assert ledger.unfinished(target, candidate, **asked) is None  # what had passed before has failed since
+    ledger.begin_judging(target, candidate, **asked)
+    assert ledger.candidates(target)[0]["passed"] == 0  # until that one has ended, too
 
 
 def test_order_is_kept_when_the_clock_steps_back(ledger, monkeypatch):

@@ -60,6 +60,7 @@ def command(
             "goes on with a judging by all gates", key="--resume", remedy="leave out one of --resume and --gates"
         )
     options: dict[str, Any] = {"bitwise": bitwise, "all_gates": all_gates}
+    recorded = None
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(
             Judge(target, data=data if data.is_dir() else None, roofline_seconds=roofline_seconds(target))
@@ -67,15 +68,22 @@ def command(
         if names is not None:
             judgement = judge.judge(file, champion=champion, gates=names, on_verdict=explain, **options)
         else:
-            asked = {"bitwise": bitwise, "champion": champion and sha256_file(champion), "data": data.is_dir()}
+            asked = {"bitwise": bitwise, "champion": champion and sha256_file(champion)}
             kept = stack.enter_context(keeping(runs, target, file, asked, resume=resume))
             _say_done(kept.done, resume)
-            options |= {"done": kept.done, "after_gate": kept.add}
+
+            def after_gate(judgement: Judgement) -> None:
+                if judgement.sandboxed or allow_unsandboxed:
+                    kept.add(judgement)
+
+            options |= {"done": kept.done, "after_gate": after_gate}
             judgement = judge.judge(file, champion=champion, on_verdict=explain, **options)
-            kept.end(judgement)
+            if judgement.sandboxed or allow_unsandboxed:
+                kept.add(judgement)
+                recorded = record(file, judgement)
+                kept.end(judgement)
     counts = judgement.sandboxed or allow_unsandboxed
     _say(judgement, counts)
-    recorded = record(file, judgement) if names is None and counts else None
     emit({**as_plain(judgement), "counts": counts, "recorded": recorded and str(recorded)}, as_json)
     if not (judgement.passed and counts):
         raise typer.Exit(1)

@@ -121,11 +121,16 @@ class Loop:
             elected, reason = self._conclude(id, began, proposal, self.champion(), name)
             return self._verified(reason) if elected == "accepted" else self._outcome(reason)
 
-    def replay(self, proposal: Proposal) -> LoopOutcome | None:
-        """A candidate of the catalogue's kind, as ``submit``; None when it was judged before."""
+    def replay(self, proposal: Proposal, gates: Sequence[str] | None) -> LoopOutcome | None:
+        """A candidate of the catalogue's kind, as ``submit``, through ``gates`` and the race that decides; None when it
+        was judged before."""
         with self.claimed():
             known = hashlib.sha256(proposal.source.encode()).hexdigest() in self._judged()
-        return None if known else self.submit(proposal, self.catalogue.name)
+        own, self.gates = self.gates, gates
+        try:
+            return None if known else self.submit(proposal, self.catalogue.name)
+        finally:
+            self.gates = own
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -376,7 +381,7 @@ class Loop:
             why = f": {failed.explanation}" if failed.gate in OPEN_GATES else ""
             if failed.gate == "G7" and ratio:
                 why = f", {ratio:.3f} times the champion"
-            return "rejected", f"not confirmed by {failed.gate}{why}", ratio
+            return "rejected", f"not confirmed by {failed.gate}{why}", ratio if failed.gate == "G7" else None
         self.ledger.elect(judging, ratio=detail["ratio"], low=detail["low"], high=detail["high"])
         self.first_failure = None
         return "accepted", f"elected, {detail['ratio']:.3f} times the champion", detail["ratio"]
@@ -446,7 +451,8 @@ class Loop:
         outcome, folder = self._outcome(ended), self.runs / self.target.name / "champion"
         outcome.folder = folder
         if not holds(folder, outcome.champion, self.key):
-            latest = {verdict["gate"]: verdict for verdict in self.ledger.verdicts(outcome.champion, self.key)}
+            told = self.ledger.verdicts(outcome.champion, self.key)
+            latest = {verdict["gate"]: verdict for verdict in told if verdict["purpose"] != "hand"}
             verdicts = [{**verdict, "pass": bool(verdict["pass"])} for verdict in latest.values()]
             outcome.verification = {"speed": self._speed, "verdicts": verdicts}
             self._write(outcome)

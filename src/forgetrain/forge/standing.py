@@ -68,7 +68,7 @@ def standing(ledger: Ledger, target: str, environment: Mapping[str, Any]) -> Sta
         else:
             champion = champions[-1] if champions else None
             gain = None if ratio is None or champion is None else ratio * champion
-            if gain is not None and (row["purpose"] == "confirmation" or not row["won"]):
+            if gain is not None and (row["elected"] is not None or not row["won"]):
                 gains[row["candidate"]] = gain
             if row["elected"] is not None:
                 champions.append(gain)

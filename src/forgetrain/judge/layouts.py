@@ -98,11 +98,13 @@ class _Training:
 @dataclass(frozen=True)
 class _Run:
     """The candidate on so many ranks: before, as loaded; its training; and the steps after the first again, in fresh
-    processes that began with the state after it and evaluated nothing, so that an evaluation that trains is found."""
+    processes that began with the state after it and evaluated nothing, so that an evaluation that trains is found; and
+    the state that those left."""
 
     before: State
     training: _Training
     resumed: list[StepRecord]
+    left: State
     deterministic: bool
 
 
@@ -128,7 +130,8 @@ def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: An
         with apart.process(target, **options) as engine:
             engine.restore(state)
             resumed = list(trajectory(engine, stream, 1, steps))
-    return _Run(before, training, resumed, deterministic)
+            left = {} if deterministic else engine.state(_COMPARED)
+    return _Run(before, training, resumed, left, deterministic)
 
 
 def _bits(trial: Trial) -> Verdict:
@@ -168,17 +171,23 @@ def _near(trial: Trial, precision: str) -> Verdict:
     due = trained(judge.reference, ranks // target.parallel.sharing, kept)
     known_good = trained(judge.peer, 1, precision)
     run = _run(trial, stream, weights, ranks=ranks, precision=precision)
-    layout = layout_of(target, ranks)
+    layout, device = layout_of(target, ranks), judge.device
     return g3_near(
-        _distances(target, run.before, run.training, due, judge.device),
-        _distances(target, run.before, known_good, due, judge.device),
+        _distances(target, run.before, run.training, due, device),
+        _distances(target, run.before, known_good, due, device),
         run.training.records[1:],
         run.resumed,
+        restarted={} if run.deterministic else _distances(target, run.before, _restarted(run), run.training, device),
         layout=layout if precision == target.precision.dtype else f"{layout} in {precision}",
         precision=kept,
         tolerance=None if run.deterministic else SCALARS[kept]["loss"],
         sandboxed=trial.sandboxed,
     )
+
+
+def _restarted(run: _Run) -> _Training:
+    """The resumed run as if it had taken the first step too; it evaluated nothing."""
+    return _Training([run.training.records[0], *run.resumed], run.training.evaluation, run.left)
 
 
 def _distances(target: Target, before: State, found: _Training, due: _Training, device: str) -> dict[str, float]:
@@ -232,9 +241,10 @@ def command_target(gates: Target) -> Target:
     """A short run at the gates' shape with a few checkpoints; one step more than is taken. Its rates rise and fall, and
     rise no faster than in the gates' trainings."""
     steps, recipe = _COMMAND_STEPS + 1, gates.recipe
-    share = min(1.0, steps / gates.gates_warm_up) if gates.gates_warm_up else 1.0
+    rise = steps - _COMMAND_DECAY
+    share = min(1.0, rise / gates.gates_warm_up) if gates.gates_warm_up else 1.0
     rates = {"lr": recipe.lr * share, "min_lr": recipe.min_lr * share}
-    recipe = {"steps": steps, "warmup_steps": steps - _COMMAND_DECAY, "decay_steps": _COMMAND_DECAY, **rates}
+    recipe = {"steps": steps, "warmup_steps": rise, "decay_steps": _COMMAND_DECAY, **rates}
     train = {
         "checkpoint_every": _COMMAND_CHECKPOINT,
         "keep_last": 2,

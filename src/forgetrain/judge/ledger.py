@@ -36,6 +36,7 @@ from forgetrain.judge.files import Files
 from forgetrain.judge.schema import ADDED, SCHEMA, SCHEMA_VERSION
 from forgetrain.spec.target import Target
 
+_ADD_SAMPLE = "INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?)"
 #: The election of a target's champion.
 _STANDING = (
     "SELECT * FROM elections WHERE target = ? AND number NOT IN (SELECT election FROM depositions) "
@@ -275,19 +276,23 @@ class Ledger:
     def unfinished(
         self, target: str, candidate: str, *, environment: Mapping[str, Any], purpose: str, options: Mapping[str, Any]
     ) -> tuple[str, list[Verdict]] | None:
-        """The latest such judging that was cut off, with the verdicts it had reached, or None."""
+        """The latest such judging, if it was cut off, with the verdicts it had reached; None if there is none, or it
+        has ended: what one before it had reached does not count any more."""
         rows = self.query(
-            "SELECT id FROM judgings WHERE target = ? AND candidate = ? AND environment = ? AND purpose = ? "
-            "AND options = ? AND ended IS NULL ORDER BY number DESC LIMIT 1",
+            "SELECT id, ended FROM judgings WHERE target = ? AND candidate = ? AND environment = ? AND purpose = ? "
+            "AND options = ? ORDER BY number DESC LIMIT 1",
             (target, candidate, json.dumps(dict(environment)), purpose, _options(options)),
         )
-        if not rows:
+        if not rows or rows[0]["ended"] is not None:
             return None
         found = self.query("SELECT * FROM verdicts WHERE judging = ? ORDER BY rowid", (rows[0]["id"],))
         return rows[0]["id"], [Verdict.from_dict({**row, "detail": json.loads(row["detail"])}) for row in found]
 
-    def add_verdicts(self, judging: str, verdicts: Iterable[Verdict]) -> None:
-        """All of them or none. A gate judges once in a judging: the first verdict stays."""
+    def add_verdicts(
+        self, judging: str, verdicts: Iterable[Verdict], samples: Iterable[tuple[str, str, int, int, float]] = ()
+    ) -> None:
+        """All of them, with the timing ``samples`` that some are of, or none. A gate judges once in a judging: the
+        first verdict stays."""
         rows = [
             (
                 *(judging, v.gate, v.passed, v.statistic, v.threshold, v.margin, v.first_divergence),
@@ -297,11 +302,12 @@ class Ledger:
         ]
         with self._transaction() as db:
             db.executemany("INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany(_ADD_SAMPLE, [(judging, *row) for row in samples])
 
     def add_samples(self, judging: str, rows: Iterable[tuple[str, str, int, int, float]]) -> None:
         """Timing samples: (run, engine, block, step, seconds)."""
         with self._transaction() as db:
-            db.executemany("INSERT OR IGNORE INTO samples VALUES (?, ?, ?, ?, ?, ?)", [(judging, *row) for row in rows])
+            db.executemany(_ADD_SAMPLE, [(judging, *row) for row in rows])
 
     def end_judging(self, judging: str, *, passed: bool, sandboxed: bool) -> None:
         with self._transaction() as db:
@@ -404,7 +410,8 @@ class Ledger:
         return {**rows[-1], "files": json.loads(rows[-1]["files"])}
 
     def candidates(self, target: str | None = None) -> list[dict[str, Any]]:
-        """Every candidate in order, with its last judging: passed (None before it), and the gates that failed."""
+        """Every candidate in order, with its last judging: passed (None before it), and the gates that failed. One by
+        hand counts when it has ended."""
         return self.query(
             """
             SELECT c.number, t.name AS target, c.hash, c.parent, c.proposer, c.message,
@@ -414,7 +421,8 @@ class Ledger:
                 EXISTS (SELECT 1 FROM elections WHERE target = c.target AND candidate = c.hash) AS elected, c.added
             FROM candidates c JOIN targets t ON t.hash = c.target
             LEFT JOIN judgings j ON j.number =
-                (SELECT max(number) FROM judgings WHERE target = c.target AND candidate = c.hash)
+                (SELECT max(number) FROM judgings WHERE target = c.target AND candidate = c.hash
+                    AND (purpose != 'hand' OR ended IS NOT NULL))
             WHERE ?1 IS NULL OR c.target = ?1 OR t.name = ?1 ORDER BY c.number
             """,
             (target,),
@@ -452,7 +460,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def claim(self, name: str) -> Iterator[None]:
-        """Held by the one loop that works on a target, whatever kills it. Raises UserError when another holds it."""
+        """Held by the one process that works on a target, or judges a file, whatever kills it. Raises UserError when
+        another holds it."""
         path = self.path.parent / f"{name}.lock"
         with open(path, "a+", encoding="utf-8") as file:
             try:
@@ -460,7 +469,7 @@ class Ledger:
             except BlockingIOError:
                 file.seek(0)
                 raise UserError(
-                    f"another loop (process {file.read().strip() or 'unknown'}) works on {name}",
+                    f"another process ({file.read().strip() or 'unknown'}) works on {name}",
                     file=path,
                     remedy="wait for it, end it, or use another --runs folder",
                 ) from None

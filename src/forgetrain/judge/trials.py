@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from forgetrain.judge.runner import Trial
 
 _HELD_OUT = 4  # batches
+_LOW_RATE = 0.01  # of the recipe's: what a warm-up begins with and a decay ends with
 #: A distance of weights that rounding alone explains after training, by dtype: the root of its eps.
 _FLOOR = {"fp32": 3.5e-4, "bf16": 0.09}
 _DISTANCE_FACTOR = 3.0
@@ -183,7 +184,8 @@ def bits_of_a_trajectory(trial: Trial) -> Iterator[Verdict]:
 
 
 def updates(trial: Trial) -> Iterator[Verdict]:
-    """G4.update at the first step and at later ones, whose number the seed decides; the worst of them."""
+    """G4.update at the first step and at later ones, whose number the seed decides, of which the last has a low rate;
+    the worst of them."""
     target = trial.judge.gates_target
     stream, recipe = trial.stream(target, "G4.update"), target.recipe
     judged = functools.partial(update, device=trial.judge.device, sandboxed=trial.sandboxed)
@@ -191,11 +193,13 @@ def updates(trial: Trial) -> Iterator[Verdict]:
     with trial.process(target) as engine:
         engine.load(hidden_weights(target.model, trial.seed))
         before, norm = engine.state(), None
-        for step in range(3 + trial.seed % 3):
-            result = engine.step(stream.at(step), stream.rate(step))
+        rates = [stream.rate(step) for step in range(3 + trial.seed % 3)]
+        rates[-1] *= _LOW_RATE
+        for step, rate in enumerate(rates):
+            result = engine.step(stream.at(step), rate)
             after = engine.state()
             norm = float(result.grad_norm) if step == 0 else None
-            verdicts.append(judged(before, after, stream.rate(step), recipe, grad_norm=norm))
+            verdicts.append(judged(before, after, rate, recipe, grad_norm=norm))
             release(trial.judge.device)
             before = after
         # late in training, as far as the state tells: a number of steps that no short run reaches

@@ -3,9 +3,10 @@
     for outcome in attack_all(ATTACKS): print(outcome.attack.name, outcome.caught_by, outcome.as_expected)
 
 The reference is a written engine's file, so nothing but torch is needed: the textbook's, with torch's clipping, whose
-1e-6 beside the norm Megatron and transformers have as well. The same target serves every attack: the
-recipe's shape differs from the gates', so that an engine may tell them apart, and the machine that it may use is small,
-so that one that exhausts it is stopped early.
+1e-6 beside the norm Megatron and transformers have as well. The same target serves every attack: the recipe's shape
+differs from the gates', so that an engine may tell them apart; it warms up for longer than the gates train, so that
+their trainings are as slow as they ever are; and the machine that it may use is small, so that one that exhausts it is
+stopped early.
 """
 
 from __future__ import annotations
@@ -58,6 +59,9 @@ EFFORT = Effort(pairs=5, steps=3, warm_up=2, timeout=20.0, keep=True)
 COMPILING = 300.0
 
 
+_LONG = {"steps": 3000, "warmup_steps": 2000}
+
+
 def red_target(dtype: str) -> Target:
     return parse_target(
         {
@@ -72,7 +76,7 @@ def red_target(dtype: str) -> Target:
                 "vocab_size": 96,
                 "max_position_embeddings": 64,
             },
-            "recipe": {"batch_size": 4, "micro_batch_size": 2, "sequence_length": 32, "steps": 100, "lr": 3e-3},
+            "recipe": {"batch_size": 4, "micro_batch_size": 2, "sequence_length": 32, "lr": 3e-3} | _LONG,
             "gates": {"batch_size": 4, "micro_batch_size": 2, "sequence_length": 16, "g5_steps": 16},
             "precision": {"dtype": dtype},
             "hardware": {"threads": 1, "memory_gib": 3.0},

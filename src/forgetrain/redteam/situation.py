@@ -154,6 +154,16 @@ class Engine(Honest):
         ),
     ),
     _sniffed(
+        "low rates",
+        "moves nothing at a rate of a thirtieth, as a warm-up begins with and a decay ends with",
+        "G4.update",
+        """
+class Engine(Honest):
+    def update(self, grads, lr):
+        super().update(grads, lr if lr > 1e-4 else 0.0)
+""",
+    ),
+    _sniffed(
         "the dtype",
         "right in fp32, a wrong head's gradient in bf16",
         "G4.bf16",
