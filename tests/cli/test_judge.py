@@ -17,7 +17,7 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge import by_hand, runner
-from forgetrain.judge.ledger import Ledger
+from forgetrain.judge.ledger import Ledger, target_key
 from forgetrain.judge.runner import Judgement
 from tests.tiny import GATES, MODEL, RECIPE
 
@@ -207,10 +207,10 @@ def test_gates_or_tokens_that_changed_are_another_question(place, monkeypatch):
 
 
 def test_two_judgings_of_a_file_at_once_are_refused(place, outcome):
-    digest = sha256_file(Path("engine.py"))[:12]
-    with Ledger(Path("runs/ledger")) as ledger, ledger.claim(f"engine.py-{digest}-tiny"):
+    name = f"{sha256_file(Path('engine.py'))[:16]}-{target_key(read_target(Path('tiny.toml'), None))[:16]}"
+    with Ledger(Path("runs/ledger")) as ledger, ledger.claim(name):
         result = CliRunner().invoke(app, ["judge", "engine.py", "--target", "tiny.toml"])
-    assert "another process" in str(result.exception)
+    assert "works on engine.py" in str(result.exception)
 
 
 def test_resuming_a_part_is_refused(place, outcome):

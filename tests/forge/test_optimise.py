@@ -18,6 +18,7 @@ from forgetrain.forge.optimise import CONFIRMED, Loop
 from forgetrain.forge.profile import Profile
 from forgetrain.forge.proposers.base import Cost, NoProposal, Proposal
 from forgetrain.forge.proposers.catalogue import Catalogue
+from forgetrain.forge.standing import standing
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.ledger import Ledger
 from forgetrain.judge.runner import Judgement
@@ -139,6 +140,35 @@ def test_a_part_without_the_race_is_decided_by_one(tmp_path):
     assert [row["purpose"] for row in rows] == ["aligned", "part", "confirmation", "part", "part", "confirmation"]
     provenance = read_json(outcome.folder / "provenance.json", "")
     assert [verdict["gate"] for verdict in provenance["verdicts"]] == ["G4", "G7"]
+
+
+def test_what_is_replayed_races_once_and_what_is_searched_twice(tmp_path):
+    target = prepared(tmp_path)
+    part = loop(target, tmp_path, Script(["speed = 2\n"]), gates=["G4", "G7"])
+    part.replay(Proposal("speed = 1.2\n", "ships"), ["G4"])
+    part.run()
+    rows = part.ledger.query(
+        "SELECT group_concat(v.gate) AS gates FROM judgings j JOIN verdicts v ON v.judging = j.id "
+        "WHERE j.purpose != 'aligned' GROUP BY j.number ORDER BY j.number"
+    )
+    assert [row["gates"] for row in rows] == ["G4", "G7", "G4,G7", "G7"]
+
+
+def test_a_winner_that_takes_too_much_memory_is_told_to_nobody_as_one(tmp_path):
+    class Heavy(Verdicts):
+        def judge(self, file, *, on_verdict, gates=None, **options):
+            judgement = super().judge(file, on_verdict=on_verdict, gates=gates, **options)
+            if gates == CONFIRMED:
+                judgement.verdicts.append(Verdict("G8", False, explanation="too much", sandboxed=True))
+                on_verdict(judgement.verdicts[-1])
+            return judgement
+
+    target = prepared(tmp_path)
+    run, told = loop(target, tmp_path, Script(["speed = 9\n"]), Heavy()), []
+    run.catalogue.tell = lambda source, gain, plan: told.append(gain)
+    assert run.run().elections == 0
+    assert set(told) == {None}
+    assert standing(run.ledger, run.key, run.environment).gains == {}
 
 
 def test_nor_does_the_reason_why_a_hidden_gate_did_not_confirm(tmp_path):

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from forgetrain.gates.g3 import g3, g3_near
+from forgetrain.gates.verdict import Verdict
 from tests.gates.records import trajectory
 
 
@@ -111,3 +112,12 @@ def test_a_restart_on_all_ranks_counts_too():
     parts = trajectory(3), trajectory(3, loss=0.5)
     verdict = g3(*(trajectory(3) for _ in range(4)), ranks=4, restarted_ranks=parts)
     assert verdict.first_divergence == "resume on 4 ranks, step 2: loss"
+
+
+def test_an_update_that_does_not_follow_from_what_was_restored_is_named():
+    wrong = Verdict("G4.update", False, first_divergence="exp_avg_sq/lm_head.weight", explanation="it is not")
+    verdict = near(tolerance=1e-3, update=wrong)
+    assert not verdict.passed
+    assert verdict.first_divergence == "resume, exp_avg_sq/lm_head.weight"
+    assert verdict.explanation == "resume on 2 data ranks: it is not"
+    assert near(tolerance=1e-3, update=Verdict("G4.update", True)).passed

@@ -103,3 +103,15 @@ def test_trainings_of_g5_and_g6_are_driven_at_rates_that_rise():
     trial = SimpleNamespace(judge=SimpleNamespace(gates_target=target, data=None, pool=[7]))
     trials._train(trial, engine, 5)
     assert rates == [Stream(target, 5, warm_up=4).rate(step) for step in range(8)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_updates_meet_a_rate_of_every_decade(seed):
+    rates = [rate / TARGET.recipe.lr for rate in Stream(TARGET, seed).all_rates(5)]
+    assert [sum(10**-decade <= rate < 10 ** (1 - decade) for rate in rates[1:4]) for decade in (1, 2, 3)] == [1, 1, 1]
+    assert min(rates[0], rates[4]) >= 1 / 3
+
+
+def test_which_decade_comes_when_is_the_seeds():
+    orders = {tuple(sorted((1, 2, 3), key=Stream(TARGET, seed).all_rates(4).__getitem__)) for seed in range(40)}
+    assert len(orders) == 6

@@ -210,3 +210,31 @@ def test_rates_of_the_command_rise_no_faster_than_in_the_gates_trainings(warm_up
     assert all(rate <= 1.0001e-2 * (step + 1) / (min(warm_up, trained) or 1) for step, rate in enumerate(rates))
     assert rates == [*sorted(rates[:9]), *sorted(rates[9:], reverse=True)]  # up, and down again
     assert parse_target(target.plain()) == target
+
+
+#: An engine that says that it does not repeat itself; what it restores goes through ``changed``.
+_RESTORING = """
+DETERMINISTIC = False
+_restore = Engine.restore
+def _changed(state):
+    {changed}
+    return state
+Engine.restore = lambda self, state: _restore(self, _changed(dict(state)))
+"""
+_SECOND = (
+    'state.update({k: s._replace(tensor=s.tensor * 1.02) for k, s in state.items() if k.startswith("exp_avg_sq/")})'
+)
+_COUNTER = 'state["step"] = state["step"]._replace(tensor=state["step"].tensor + 1)'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [("pass", "go on within 0.001 of each loss"), (_SECOND, "exp_avg_sq"), (_COUNTER, "step counter")],
+)
+def test_what_an_engine_without_bits_loses_in_a_restart_shows_in_its_next_update(changed, said, tmp_path):
+    target = layout({}, 1)
+    source = write_engine(target, Plan.textbook()) + _RESTORING.format(changed=changed)
+    (verdict,) = judged(tmp_path, target, source, gates=("G3",)).verdicts
+    assert verdict.passed is (changed == "pass"), verdict.explanation
+    assert said in verdict.explanation

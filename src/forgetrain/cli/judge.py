@@ -60,7 +60,7 @@ def command(
             "goes on with a judging by all gates", key="--resume", remedy="leave out one of --resume and --gates"
         )
     options: dict[str, Any] = {"bitwise": bitwise, "all_gates": all_gates}
-    recorded = None
+    kept = recorded = None
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(
             Judge(target, data=data if data.is_dir() else None, roofline_seconds=roofline_seconds(target))
@@ -78,12 +78,12 @@ def command(
 
             options |= {"done": kept.done, "after_gate": after_gate}
             judgement = judge.judge(file, champion=champion, on_verdict=explain, **options)
-            if judgement.sandboxed or allow_unsandboxed:
-                kept.add(judgement)
-                recorded = record(file, judgement)
-                kept.end(judgement)
-    counts = judgement.sandboxed or allow_unsandboxed
-    _say(judgement, counts)
+            after_gate(judgement)
+        counts = judgement.sandboxed or allow_unsandboxed
+        _say(judgement, counts)
+        if kept is not None and counts:
+            recorded = record(file, judgement)
+            kept.end(judgement)
     emit({**as_plain(judgement), "counts": counts, "recorded": recorded and str(recorded)}, as_json)
     if not (judgement.passed and counts):
         raise typer.Exit(1)
@@ -122,7 +122,7 @@ def _say_done(done: list[Verdict], resume: bool) -> None:
     if done:
         line = f"going on after {', '.join(verdict.gate for verdict in done)}"
     elif resume:
-        line = "no judging of this file for this target was cut off on such a machine; from the beginning"
+        line = "no judging of this very question was cut off; from the beginning"
     else:
         return
     console.print(line, markup=False, highlight=False, soft_wrap=True)

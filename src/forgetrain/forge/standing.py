@@ -46,7 +46,7 @@ class Standing:
 
 
 def standing(ledger: Ledger, target: str, environment: Mapping[str, Any]) -> Standing:
-    """``target``: its key in the ledger. A race that failed, or a confirmation, gives its ratio times the gain of the
+    """``target``: its key in the ledger. A race that was lost, or an election, gives its ratio times the gain of the
     champion of that time; a verification is raced against the aligned engine and gives the champion's gain itself."""
     gains: dict[str, float] = {}
     champions: list[float | None] = []  # the gain of each champion that stands, the present one last

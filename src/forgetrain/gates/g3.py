@@ -97,15 +97,15 @@ def g3_near(
     *,
     layout: str,
     precision: str,
-    restarted: Mapping[str, float] | None = None,
+    update: Verdict | None = None,
     tolerance: float | None = None,
     sandboxed: bool = False,
 ) -> Verdict:
     """``candidate``, ``known_good``: relative distances from the reference on as many data ranks, ``loss``,
     ``evaluation``, ``grad_norm``, and of moments by kind of parameter; the second on one rank. ``layout``: of the
     candidate's ranks, in words. ``tolerance``: of a resumed loss, relative, for an engine that is not deterministic;
-    None for bits. ``restarted``: of such an engine, the same distances of the resumed run from the uninterrupted one,
-    which may be what they may be from the reference's.
+    None for bits. ``update``: of such an engine, G4.update's verdict on the first resumed step, which says whether the
+    whole state was there again.
 
     ``statistic``: the worst distance as a share of what it may be.
     """
@@ -116,15 +116,14 @@ def g3_near(
     used = candidate[worst] / allowed[worst]
     near = f"{layout}: {worst} is {candidate[worst]:.3g} away from the reference's, {allowed[worst]:.3g} allowed"
     parting = _restart_parting(uninterrupted, resumed, tolerance)
-    for kind, distance in (restarted or {}).items():
-        if parting is None and not distance <= allowed[kind]:
-            parting = Parting(len(resumed), f"distance of {kind}", f"at most {allowed[kind]:.3g}", f"{distance:.3g}")
     text, first = near, None if used <= 1.0 else worst
     if used <= 1.0:
         how = "bit for bit" if tolerance is None else f"within {tolerance:g} of each loss"
         text = f"{near}; fresh processes that restore the state go on {how} over {len(resumed)} steps"
         if parting is not None:
             text, first = f"resume on {layout}: {parting}", f"resume, step {parting.step}: {parting.quantity}"
+        elif update is not None and not update.passed:
+            text, first = f"resume on {layout}: {update.explanation}", f"resume, {update.first_divergence or 'update'}"
     return Verdict(
         "G3",
         first is None,

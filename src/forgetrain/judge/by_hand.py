@@ -39,7 +39,7 @@ class Kept:
         self._candidate = hashlib.sha256(self._source).hexdigest()
         found = ledger.unfinished(target_key(target), self._candidate, **self._asked) if resume else None
         self._judging, self.done = found or (None, [])
-        if not all(verdict.sandboxed for verdict in self.done):  # such an engine may have written them itself
+        if not all(verdict.sandboxed for verdict in self.done):  # they count with a user's word alone, given then
             self._judging, self.done = None, []
 
     def add(self, judgement: Judgement) -> str:
@@ -70,8 +70,7 @@ def keeping(
     of what judges, if it was cut off.
 
     Raises:
-        UserError: the ledger cannot be used, the file cannot be read, or another process judges it for a target of
-            this name.
+        UserError: the ledger cannot be used, the file cannot be read, or another process judges it for this target.
     """
     tokens = runs / target.name / "data" / MANIFEST
     asked = {
@@ -85,8 +84,8 @@ def keeping(
         source = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", file=file, remedy="name an engine file") from None
-    name = f"{file.name}-{hashlib.sha256(source).hexdigest()[:12]}-{target.name}"
-    with Ledger(runs / "ledger") as ledger, ledger.claim(name):
+    name = f"{hashlib.sha256(source).hexdigest()[:16]}-{target_key(target)[:16]}"
+    with Ledger(runs / "ledger") as ledger, ledger.claim(name, what=str(file)):
         yield Kept(ledger, target, file, source, asked, resume=resume)
 
 
@@ -98,8 +97,10 @@ def _version(name: str) -> str | None:
 
 
 def _code() -> str:
-    """The hash of this package's sources: gates that changed since do not go on with what others had found."""
+    """The hash of this package's files, templates among them: gates that changed since do not go on with what others
+    had found."""
     root, digest = Path(forgetrain.__file__).parent, hashlib.sha256()
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}:{sha256_file(file)};".encode())
+    for file in sorted(root.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(root)}:{sha256_file(file)};".encode())
     return digest.hexdigest()

@@ -86,6 +86,16 @@ class Stream:
         rise = min(1.0, (step + 1) / self.warm_up) if self.warm_up else 1.0
         return rise * self.target.recipe.lr * (1 + 2 * share) / 3
 
+    def all_rates(self, steps: int) -> list[float]:
+        """Rates of so many steps: the first as ``rate`` has it, then one of each of the three decades below the
+        recipe's, which warm-ups and decays pass through, in an order of the seed's; further ones as the first."""
+        rates = [self.rate(step) for step in range(steps)]
+        decades = sorted(range(1, min(steps, 4)), key=lambda decade: derive(self.seed, "decade", decade))
+        for step, decade in enumerate(decades, 1):
+            share = derive(self.seed, "low", step) % 1000 / 1000
+            rates[step] = self.target.recipe.lr * 10 ** (share - decade)
+        return rates
+
     def _real(self, step: int) -> Batch:
         assert self.loader is not None
         return self.loader.batch_at(step)

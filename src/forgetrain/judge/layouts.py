@@ -22,6 +22,7 @@ from forgetrain.gates.g2 import StepRecord
 from forgetrain.gates.g3 import g3, g3_near
 from forgetrain.gates.g9 import TrainingRun, g9
 from forgetrain.gates.replay import Outcome, replay_distance
+from forgetrain.gates.update import update
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.evidence import SCALARS, State, from_weights, trajectory
@@ -99,12 +100,12 @@ class _Training:
 class _Run:
     """The candidate on so many ranks: before, as loaded; its training; and the steps after the first again, in fresh
     processes that began with the state after it and evaluated nothing, so that an evaluation that trains is found; and
-    the state that those left."""
+    of an engine that does not repeat itself what G4.update says of the first of those."""
 
     before: State
     training: _Training
     resumed: list[StepRecord]
-    left: State
+    update: Verdict | None
     deterministic: bool
 
 
@@ -129,9 +130,13 @@ def _run(trial: Trial, stream: Stream, weights: dict[str, Tensor], **options: An
             deterministic = engine.deterministic
         with apart.process(target, **options) as engine:
             engine.restore(state)
-            resumed = list(trajectory(engine, stream, 1, steps))
-            left = {} if deterministic else engine.state(_COMPARED)
-    return _Run(before, training, resumed, left, deterministic)
+            resumed, verdict = list(trajectory(engine, stream, 1, 2)), None
+            if not deterministic:
+                after, rate = engine.state(), stream.rate(1)
+                verdict = update(state, after, rate, target.recipe, device=trial.judge.device)
+                del after
+            resumed += trajectory(engine, stream, 2, steps)
+    return _Run(before, training, resumed, verdict, deterministic)
 
 
 def _bits(trial: Trial) -> Verdict:
@@ -171,23 +176,18 @@ def _near(trial: Trial, precision: str) -> Verdict:
     due = trained(judge.reference, ranks // target.parallel.sharing, kept)
     known_good = trained(judge.peer, 1, precision)
     run = _run(trial, stream, weights, ranks=ranks, precision=precision)
-    layout, device = layout_of(target, ranks), judge.device
+    layout = layout_of(target, ranks)
     return g3_near(
-        _distances(target, run.before, run.training, due, device),
-        _distances(target, run.before, known_good, due, device),
+        _distances(target, run.before, run.training, due, judge.device),
+        _distances(target, run.before, known_good, due, judge.device),
         run.training.records[1:],
         run.resumed,
-        restarted={} if run.deterministic else _distances(target, run.before, _restarted(run), run.training, device),
+        update=run.update,
         layout=layout if precision == target.precision.dtype else f"{layout} in {precision}",
         precision=kept,
         tolerance=None if run.deterministic else SCALARS[kept]["loss"],
         sandboxed=trial.sandboxed,
     )
-
-
-def _restarted(run: _Run) -> _Training:
-    """The resumed run as if it had taken the first step too; it evaluated nothing."""
-    return _Training([run.training.records[0], *run.resumed], run.training.evaluation, run.left)
 
 
 def _distances(target: Target, before: State, found: _Training, due: _Training, device: str) -> dict[str, float]:

@@ -459,9 +459,9 @@ class Ledger:
         return seen
 
     @contextlib.contextmanager
-    def claim(self, name: str) -> Iterator[None]:
+    def claim(self, name: str, what: str = "") -> Iterator[None]:
         """Held by the one process that works on a target, or judges a file, whatever kills it. Raises UserError when
-        another holds it."""
+        another holds it, which calls it ``what``, or by its name."""
         path = self.path.parent / f"{name}.lock"
         with open(path, "a+", encoding="utf-8") as file:
             try:
@@ -469,7 +469,7 @@ class Ledger:
             except BlockingIOError:
                 file.seek(0)
                 raise UserError(
-                    f"another process ({file.read().strip() or 'unknown'}) works on {name}",
+                    f"another process ({file.read().strip() or 'unknown'}) works on {what or name}",
                     file=path,
                     remedy="wait for it, end it, or use another --runs folder",
                 ) from None

@@ -50,7 +50,6 @@ if TYPE_CHECKING:
     from forgetrain.judge.runner import Trial
 
 _HELD_OUT = 4  # batches
-_LOW_RATE = 0.01  # of the recipe's: what a warm-up begins with and a decay ends with
 #: A distance of weights that rounding alone explains after training, by dtype: the root of its eps.
 _FLOOR = {"fp32": 3.5e-4, "bf16": 0.09}
 _DISTANCE_FACTOR = 3.0
@@ -184,8 +183,8 @@ def bits_of_a_trajectory(trial: Trial) -> Iterator[Verdict]:
 
 
 def updates(trial: Trial) -> Iterator[Verdict]:
-    """G4.update at the first step and at later ones, whose number the seed decides, of which the last has a low rate;
-    the worst of them."""
+    """G4.update at the first step and at later ones, whose number the seed decides, at low rates too; the worst of
+    them."""
     target = trial.judge.gates_target
     stream, recipe = trial.stream(target, "G4.update"), target.recipe
     judged = functools.partial(update, device=trial.judge.device, sandboxed=trial.sandboxed)
@@ -193,9 +192,7 @@ def updates(trial: Trial) -> Iterator[Verdict]:
     with trial.process(target) as engine:
         engine.load(hidden_weights(target.model, trial.seed))
         before, norm = engine.state(), None
-        rates = [stream.rate(step) for step in range(3 + trial.seed % 3)]
-        rates[-1] *= _LOW_RATE
-        for step, rate in enumerate(rates):
+        for step, rate in enumerate(stream.all_rates(4 + trial.seed % 2)):
             result = engine.step(stream.at(step), rate)
             after = engine.state()
             norm = float(result.grad_norm) if step == 0 else None

@@ -155,7 +155,7 @@ class Engine(Honest):
     ),
     _sniffed(
         "low rates",
-        "moves nothing at a rate of a thirtieth, as a warm-up begins with and a decay ends with",
+        "moves nothing at rates below a thirtieth of the recipe's, as in a warm-up",
         "G4.update",
         """
 class Engine(Honest):
