@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,8 @@ from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.judge.command import ShippedCommand
 from forgetrain.judge.runner import Judge
+from tests import bubblewrap
+from tests.bubblewrap import needs_bubblewrap
 from tests.corpus import built
 from tests.judge.test_layouts import BOTH, CONTEXT, TENSOR, production
 
@@ -39,7 +40,7 @@ def test_an_honest_engine_passes(judged):
     target, judge = judged
     (verdict,) = judge(write_engine(target, Plan.textbook()))
     assert verdict.passed, verdict.explanation
-    assert verdict.sandboxed == (shutil.which("bwrap") is not None)
+    assert verdict.sandboxed == bubblewrap.RUNS
     assert "killed and resumed" in verdict.explanation
 
 
@@ -128,7 +129,7 @@ assert pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"], "region").is_file(), 
 """
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@needs_bubblewrap
 def test_runs_share_what_they_compile_and_see_no_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     target, data = built(tmp_path)
@@ -176,7 +177,7 @@ time.sleep(1000)
 """
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@needs_bubblewrap
 @pytest.mark.parametrize(("planted", "said"), [(UNLIMITED, None), (HOARDS, "on disk")], ids=["limits", "runs"])
 def test_the_command_has_limits_and_its_folder_is_measured(planted, said, tmp_path):
     target, data = built(tmp_path)

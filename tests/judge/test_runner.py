@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,14 +18,11 @@ from forgetrain.gates.verdict import Verdict
 from forgetrain.judge import runner, trials
 from forgetrain.judge.runner import BITWISE, COMPILED_KEPT, KNOWN_GOOD, NUMERIC, Effort, Judge, Trial
 from forgetrain.judge.words import QUESTIONS
+from tests.bubblewrap import needs_bubblewrap
 from tests.corpus import built
 from tests.engine.toy import toy
 from tests.tiny import tiny_target
 
-needs_bubblewrap = pytest.mark.skipif(
-    shutil.which("bwrap") is None or subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"]).returncode != 0,
-    reason="bubblewrap does not run here",
-)
 EFFORT = Effort(pairs=5, steps=2, timeout=60, keep=True)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,15 +18,12 @@ from forgetrain.engine.write import write_engine
 from forgetrain.judge import sandbox as module
 from forgetrain.judge.sandbox import fill_cache, sandbox
 from forgetrain.numerics.init import initial_weights
+from tests.bubblewrap import needs_bubblewrap
 from tests.engine.toy import toy
 from tests.tiny import random_batch, tiny_target
 
 TARGET = tiny_target()
 WEIGHTS = initial_weights(TARGET.model, 0)
-needs_bubblewrap = pytest.mark.skipif(
-    shutil.which("bwrap") is None or subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"]).returncode != 0,
-    reason="bubblewrap does not run here",
-)
 
 
 def steps(path: Path, boxed: bool, ranks: int = 1) -> tuple[list[float], str]:

@@ -4,8 +4,6 @@ one is accepted. The judge itself is what is tested here; nothing of it is repla
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 
 import pytest
 from typer.testing import CliRunner
@@ -17,11 +15,9 @@ from forgetrain.errors import UserError
 from forgetrain.judge import sandbox
 from forgetrain.redteam.attack import Attack
 from forgetrain.redteam.run import ATTACKS, FAMILIES, HONEST, Outcome, RedTeam, red_target
+from tests.bubblewrap import needs_bubblewrap
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("bwrap") is None or subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"]).returncode != 0,
-    reason="bubblewrap does not run here",
-)
+pytestmark = needs_bubblewrap
 
 #: One or two of each family, all caught by the first gate; the whole corpus is in the slow suite.
 CHEAP = {
