@@ -120,10 +120,10 @@ def g3_near(
     if used <= 1.0:
         how = "bit for bit" if tolerance is None else f"within {tolerance:g} of each loss"
         text = f"{near}; fresh processes that restore the state go on {how} over {len(resumed)} steps"
-        if parting is not None:
-            text, first = f"resume on {layout}: {parting}", f"resume, step {parting.step}: {parting.quantity}"
-        elif update is not None and not update.passed:
+        if update is not None and not update.passed:  # it says more than a loss that parts for it
             text, first = f"resume on {layout}: {update.explanation}", f"resume, {update.first_divergence or 'update'}"
+        elif parting is not None:
+            text, first = f"resume on {layout}: {parting}", f"resume, step {parting.step}: {parting.quantity}"
     return Verdict(
         "G3",
         first is None,
