@@ -105,7 +105,7 @@ def test_what_somebody_judged_by_hand_is_no_part_of_the_forging(tmp_path):
 
     before = told()
     against_nobody = Verdicts().judge(folder / "engine.py", on_verdict=lambda verdict: None)
-    with keeping(tmp_path, target, folder / "engine.py", {}) as kept:
+    with keeping(tmp_path, target, folder / "engine.py", {}, {}) as kept:
         kept.end(against_nobody)
     assert told() == before
     judge = Verdicts()

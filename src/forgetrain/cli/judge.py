@@ -46,7 +46,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Judge an engine file: run it in the sandbox, through every gate and against the clock, and say why."""
-    from forgetrain.judge.by_hand import keeping  # loads torch
+    from forgetrain.forge.collect import environment  # loads torch
+    from forgetrain.judge.by_hand import keeping
     from forgetrain.judge.runner import Judge
 
     target = read_target(target_file, overrides)
@@ -59,26 +60,24 @@ def command(
         raise UserError(
             "goes on with a judging by all gates", key="--resume", remedy="leave out one of --resume and --gates"
         )
-    options: dict[str, Any] = {"bitwise": bitwise, "all_gates": all_gates}
+    options: dict[str, Any] = {"bitwise": bitwise, "all_gates": all_gates, "gates": names}
     kept = recorded = None
     with contextlib.ExitStack() as stack:
         judge = stack.enter_context(
             Judge(target, data=data if data.is_dir() else None, roofline_seconds=roofline_seconds(target))
         )
-        if names is not None:
-            judgement = judge.judge(file, champion=champion, gates=names, on_verdict=explain, **options)
-        else:
+        if names is None:
             asked = {"bitwise": bitwise, "champion": champion and sha256_file(champion)}
-            kept = stack.enter_context(keeping(runs, target, file, asked, resume=resume))
+            kept = stack.enter_context(keeping(runs, target, file, environment(target), asked, resume=resume))
             _say_done(kept.done, resume)
+            options["done"] = kept.done
 
-            def after_gate(judgement: Judgement) -> None:
-                if judgement.sandboxed or allow_unsandboxed:
-                    kept.add(judgement)
+        def after_gate(judgement: Judgement) -> None:
+            if kept is not None and (judgement.sandboxed or allow_unsandboxed):
+                kept.add(judgement)
 
-            options |= {"done": kept.done, "after_gate": after_gate}
-            judgement = judge.judge(file, champion=champion, on_verdict=explain, **options)
-            after_gate(judgement)
+        judgement = judge.judge(file, champion=champion, on_verdict=explain, after_gate=after_gate, **options)
+        after_gate(judgement)
         counts = judgement.sandboxed or allow_unsandboxed
         _say(judgement, counts)
         if kept is not None and counts:

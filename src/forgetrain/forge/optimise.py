@@ -31,7 +31,7 @@ from forgetrain.forge.proposers.catalogue import Catalogue
 from forgetrain.forge.provenance import holds, write_champion
 from forgetrain.forge.refs import keep_commit
 from forgetrain.forge.spending import spending
-from forgetrain.forge.standing import attempts_since_verification, moved, passed_all_gates, standing
+from forgetrain.forge.standing import attempts_since_verification, lost_by, moved, passed_all_gates, standing
 from forgetrain.forge.stuck import Rung, rung
 from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.cluster import Cluster
@@ -367,21 +367,18 @@ class Loop:
         if failed is not None:
             seen = failed.gate in OPEN_GATES
             self.first_failure = f"{failed.gate}: {failed.explanation}" if seen else f"{failed.gate} failed"
-            ratio = failed.detail.get("ratio") if failed.gate == "G7" and failed.detail else None
-            words = f", {ratio:.3f} times the champion" if ratio else ""
+            ratio, words = lost_by(failed)
             return "rejected", f"rejected by {failed.gate}{words}", ratio
         trusted = name == self.catalogue.name
         if not (judgement.sandboxed or trusted or self.allow_unsandboxed):
             return "rejected", "unsandboxed, so not elected; see --allow-unsandboxed", None
         confirmed, judging = self._through_gates(digest, champion, "confirmation", CONFIRMED)
         failed = confirmed.first_failure()
-        detail = next((verdict.detail for verdict in confirmed.verdicts if verdict.gate == "G7"), {})
         if failed is not None:  # it may be slower now, or broken, or refused as impossible: its verdict says which
-            ratio = detail.get("ratio")
-            why = f": {failed.explanation}" if failed.gate in OPEN_GATES else ""
-            if failed.gate == "G7" and ratio:
-                why = f", {ratio:.3f} times the champion"
-            return "rejected", f"not confirmed by {failed.gate}{why}", ratio if failed.gate == "G7" else None
+            ratio, words = lost_by(failed)
+            words = words or (f": {failed.explanation}" if failed.gate in OPEN_GATES else "")
+            return "rejected", f"not confirmed by {failed.gate}{words}", ratio
+        detail = next(verdict.detail for verdict in confirmed.verdicts if verdict.gate == "G7")
         self.ledger.elect(judging, ratio=detail["ratio"], low=detail["low"], high=detail["high"])
         self.first_failure = None
         return "accepted", f"elected, {detail['ratio']:.3f} times the champion", detail["ratio"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from forgetrain.gates.verdict import Verdict
 from forgetrain.judge.ledger import Ledger
 
 _JUDGINGS = """
@@ -79,6 +80,12 @@ def _race(judging: dict[str, Any]) -> dict[str, float] | None:
     """Of a judging whose G7 got as far as a ratio."""
     detail = json.loads(judging["detail"] or "null") or {}
     return detail if all(key in detail for key in _INTERVAL) else None
+
+
+def lost_by(failed: Verdict) -> tuple[float | None, str]:
+    """The ratio of a race that was lost, and that in words; None and nothing of another failure."""
+    ratio = failed.detail.get("ratio") if failed.gate == "G7" else None
+    return ratio, f", {ratio:.3f} times the champion" if ratio else ""
 
 
 def moved(ledger: Ledger, target: str, candidate: str, environment: Mapping[str, Any]) -> str | None:

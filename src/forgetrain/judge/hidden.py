@@ -54,7 +54,7 @@ class Stream:
     which the rates rise, where these are the steps of a training from initial weights.
     """
 
-    def __init__(self, target: Target, seed: int, data: Path | None = None, *, warm_up: int = 0):
+    def __init__(self, target: Target, seed: int, data: Path | None = None, *, warm_up: int = 1):
         self.target, self.seed, self.warm_up = target, seed, warm_up
         self.loader: Loader | None = None
         if data is not None and (data / MANIFEST).is_file():
@@ -83,7 +83,7 @@ class Stream:
         block, place = divmod(step, 4)
         quarters = sorted(range(4), key=lambda quarter: derive(self.seed, "quarter", block, quarter))
         share = (quarters[place] + derive(self.seed, "rate", step) % 1000 / 1000) / 4
-        rise = min(1.0, (step + 1) / self.warm_up) if self.warm_up else 1.0
+        rise = min(1.0, (step + 1) / self.warm_up)
         return rise * self.target.recipe.lr * (1 + 2 * share) / 3
 
     def all_rates(self, steps: int) -> list[float]:

@@ -240,11 +240,10 @@ def shipped_command(trial: Trial) -> Iterator[Verdict]:
 def command_target(gates: Target) -> Target:
     """A short run at the gates' shape with a few checkpoints; one step more than is taken. Its rates rise and fall, and
     rise no faster than in the gates' trainings."""
-    steps, recipe = _COMMAND_STEPS + 1, gates.recipe
-    rise = steps - _COMMAND_DECAY
-    share = min(1.0, rise / gates.gates_warm_up) if gates.gates_warm_up else 1.0
-    rates = {"lr": recipe.lr * share, "min_lr": recipe.min_lr * share}
-    recipe = {"steps": steps, "warmup_steps": rise, "decay_steps": _COMMAND_DECAY, **rates}
+    rise = _COMMAND_STEPS + 1 - _COMMAND_DECAY
+    share = min(1.0, rise / gates.gates_warm_up)
+    recipe = {"steps": _COMMAND_STEPS + 1, "warmup_steps": rise, "decay_steps": _COMMAND_DECAY}
+    recipe |= {"lr": gates.recipe.lr * share, "min_lr": gates.recipe.min_lr * share}
     train = {
         "checkpoint_every": _COMMAND_CHECKPOINT,
         "keep_last": 2,

@@ -202,8 +202,8 @@ class Judge:
         with self._freeze(file) as (frozen, digest), folder_in(self.scratch) as second:
             box = self._sandbox(frozen, digest)
             trial = Trial(self, frozen, box, draw_seed(), champion, second, bitwise=bitwise)
-            judgement = Judgement(digest, list(done), sandbox=box.description, sandboxed=box.sandboxed)
-            judgement.sandboxed = box.sandboxed and all(verdict.sandboxed for verdict in done)
+            sandboxed = box.sandboxed and all(verdict.sandboxed for verdict in done)
+            judgement = Judgement(digest, list(done), sandbox=box.description, sandboxed=sandboxed)
             over = {_name_of(verdict.gate, known) for verdict in done}
             for name in known:
                 if name in over or (gates is not None and name not in gates):
@@ -351,7 +351,7 @@ class Trial:
     def sandboxed(self) -> bool:
         return self.box.sandboxed
 
-    def stream(self, target: Target, purpose: str, *, warm_up: int = 0) -> Stream:
+    def stream(self, target: Target, purpose: str, *, warm_up: int = 1) -> Stream:
         """Batches and rates of this candidate's seed, for one purpose."""
         return Stream(target, derive(self.seed, purpose), self.judge.data, warm_up=warm_up)
 

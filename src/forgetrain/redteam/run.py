@@ -59,9 +59,6 @@ EFFORT = Effort(pairs=5, steps=3, warm_up=2, timeout=20.0, keep=True)
 COMPILING = 300.0
 
 
-_LONG = {"steps": 3000, "warmup_steps": 2000}
-
-
 def red_target(dtype: str) -> Target:
     return parse_target(
         {
@@ -76,7 +73,14 @@ def red_target(dtype: str) -> Target:
                 "vocab_size": 96,
                 "max_position_embeddings": 64,
             },
-            "recipe": {"batch_size": 4, "micro_batch_size": 2, "sequence_length": 32, "lr": 3e-3} | _LONG,
+            "recipe": {
+                "batch_size": 4,
+                "micro_batch_size": 2,
+                "sequence_length": 32,
+                "steps": 3000,
+                "warmup_steps": 2000,
+                "lr": 3e-3,
+            },
             "gates": {"batch_size": 4, "micro_batch_size": 2, "sequence_length": 16, "g5_steps": 16},
             "precision": {"dtype": dtype},
             "hardware": {"threads": 1, "memory_gib": 3.0},

@@ -410,8 +410,8 @@ class Target(Section):
     def gates_warm_up(self) -> int:
         """Steps over which the learning rates of a gate's training rise: the recipe's warm-up, as far as such a
         training goes. At once at full rate a model that is warmed up carries rounding so far that honest engines part:
-        after four steps MiniCPM4-0.5B's losses were 13% apart on an H200, and nothing was left to see."""
-        return min(self.recipe.warmup_steps, self.gates.g5_steps)
+        after four steps MiniCPM4-0.5B's losses were 13% apart on an H200, and nothing was left to see. One is none."""
+        return max(1, min(self.recipe.warmup_steps, self.gates.g5_steps))
 
     def at_race_shape(self) -> Target:
         """This target, without stages, with as many rows a step as G7's race has; micro-batches are the recipe's."""
