@@ -19,8 +19,17 @@ from tests.judge.test_cluster import ray_needed
 def forge(folder, *arguments, code=0):
     command = [sys.executable, "-m", "forgetrain", "forge", *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:] + failures(folder)
     return done
+
+
+def failures(folder) -> str:
+    """What the gates found wrong, for who reads why a test failed."""
+    if not (folder / "runs" / "ledger").exists():
+        return ""
+    with Ledger(folder / "runs" / "ledger") as ledger:
+        rows = ledger.query("SELECT gate, explanation FROM verdicts WHERE NOT pass")
+    return "".join(f"\n{row['gate']}: {row['explanation']}" for row in rows)
 
 
 @pytest.mark.slow

@@ -60,7 +60,10 @@ def test_a_champion_that_fails_is_deposed_and_the_one_before_it_takes_its_place(
     outcome = run.run()
     said = [line for line in lines if "deposed" in line]
     fast, faster = (run.ledger.files.add(source.encode()) for source in (FAST, FASTER))
-    assert said == [f"champion {faster[:12]} FAILED G6 when judged again and is deposed; {fast[:12]} is champion"]
+    assert said == [
+        f"champion {faster[:12]} FAILED G6 when judged again and is deposed; {fast[:12]} is champion; "
+        f"forgetrain ledger show {faster[:12]} tells why"
+    ]
     # what comes later is raced against the one before, and elected with that ratio
     assert (outcome.folder / "engine.py").read_text() == "speed = 1.3\n"
     assert outcome.gain == pytest.approx(1.3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from forgetrain.gates.g5 import g5, students
-from forgetrain.gates.g6 import Repeat, g6, weight_distance
+from forgetrain.gates.g6 import Repeat, by_rounding, g6, of_seeds, weight_distance
 from forgetrain.gates.g7 import g7
 from forgetrain.gates.g8 import g8
 
@@ -91,6 +91,55 @@ def test_g6(held_out, distance, repeat, failed):
     verdict = g6(held_out, [3.0, 2.95, 3.05], distance, repeat, distance_budget=0.2)
     assert verdict.passed is (failed is None)
     assert verdict.first_divergence == failed
+
+
+DECLARED = Repeat("a", "b", 0.03, 0.02)
+FAR, BITS, HELD_OUT = (3.0, 0.3, SAME), (3.0, 0.1, Repeat("a", "b", 0.01)), (9.0, 0.1, SAME)
+
+
+def seeds(*evidence):
+    return [g6(held, [3.0, 2.95, 3.05], distance, repeat, distance_budget=0.2) for held, distance, repeat in evidence]
+
+
+@pytest.mark.parametrize(
+    ("evidence", "again"),
+    [
+        ((3.0, 0.1, SAME), False),
+        (FAR, True),
+        ((3.0, 0.1, DECLARED), True),
+        ((3.0, 0.3, DECLARED), True),
+        ((3.0, math.inf, SAME), False),
+        (BITS, False),
+        (HELD_OUT, False),
+        ((9.0, 0.3, SAME), False),
+    ],
+)
+def test_a_distance_alone_may_be_a_seeds_fault(evidence, again):
+    assert by_rounding(*seeds(evidence)) is again
+
+
+@pytest.mark.parametrize(
+    ("others", "failed"),
+    [
+        ([(3.0, 0.1, SAME), (3.0, 0.12, SAME)], None),
+        ([(3.0, 0.1, SAME), FAR], "weights"),
+        ([(3.0, 0.1, SAME), (3.0, 0.1, DECLARED)], "weights"),
+        ([FAR, FAR], "weights"),
+        ([(3.0, 0.1, SAME), BITS], "repeat"),
+        ([HELD_OUT, (3.0, 0.1, SAME)], "held-out loss"),
+    ],
+)
+def test_of_three_seeds_rounding_may_lead_one_astray(others, failed):
+    verdict = of_seeds(seeds(FAR, *others))
+    assert verdict.passed is (failed is None)
+    assert verdict.first_divergence == failed
+    assert verdict.explanation.count("weights 0.3 of training's way") >= 1
+    assert verdict.detail["seeds"][0]["weights"]["pass"] is False
+
+
+def test_one_seed_speaks_for_itself():
+    (verdict,) = seeds((3.0, 0.1, SAME))
+    assert of_seeds([verdict]) == verdict
 
 
 def test_g6_needs_a_band():

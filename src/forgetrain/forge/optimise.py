@@ -492,4 +492,7 @@ class Loop:
         self._adopt_aligned()  # what stands now may be an aligned engine of before
         before = self.champion().digest
         whom = "the aligned engine" if before == self.baseline else before[:12]
-        self.say(f"champion {digest[:12]} FAILED {failed.gate} when judged again and is deposed; {whom} is champion")
+        self.say(
+            f"champion {digest[:12]} FAILED {failed.gate} when judged again and is deposed; {whom} is champion; "
+            f"forgetrain ledger show {digest[:12]} tells why"
+        )
