@@ -38,6 +38,47 @@ def test_an_exact_reference_leaves_a_floor():
     assert not g4(pool(1e-12), pool(0.0), ratio=2.0).passed
 
 
+def clipped_by(*norms: float, error: float = 1e-6, told: float = 1.0, one_kind: float = 0.0) -> ErrorPool:
+    """Values around 1 and, of the last kind, which an error of the norm shows in first, a hundredth of the errors; each
+    batch clipped by a norm that is off. ``told``: what of that is returned as the norm's."""
+    made = ErrorPool()
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(50)
+    exact = [(name, torch.ones(100, dtype=torch.float64)) for name in NAMES]
+    for norm in norms:
+        values = [(name, 1 + sign * error * (0.01 if name == NAMES[-1] else 1.0)) for name in NAMES]
+        values = [(name, (value / (1 + norm)).float()) for name, value in values]
+        values[0] = NAMES[0], values[0][1] * (1 + one_kind)
+        made.add_batch(exact, values, told * norm)
+    return made
+
+
+HONEST = (4e-5, -2e-5, 4e-6, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("norms", "options", "passed"),
+    [
+        ((1e-5, -2e-5, 4e-6, 2e-5), {}, True),
+        (HONEST, {}, True),  # 2.7 times the reference's, as one of twenty such sets is
+        ((2e-4, -1e-4, 4e-5, 2e-4), {}, False),
+        (HONEST, {"told": 0.0}, False),
+        (HONEST, {"one_kind": 1e-3}, False),  # no norm scales one kind alone
+        ((math.nan, 0.0, 0.0, 0.0), {}, False),
+    ],
+)
+def test_an_error_of_the_norm_is_one_number_of_a_batch(norms, options, passed):
+    reference = clipped_by(1e-5, -1e-5, 1e-5, 6e-6)
+    verdict = g4(clipped_by(*norms, **options), reference, ratio=2.0)
+    assert verdict.passed is passed, verdict.explanation
+    assert verdict.detail["norm"]["reference"] == pytest.approx(9e-6, rel=0.1)
+
+
+def test_a_norm_may_err_by_roundings_where_the_references_does_not():
+    exact = clipped_by(*[0.0] * 4, error=0.0)
+    assert g4(clipped_by(*[6e-7] * 4, error=0.0), exact, ratio=2.0).passed is False
+    assert g4(clipped_by(*[1e-7] * 4, error=0.0), exact, ratio=2.0).passed
+
+
 def test_one_large_error_is_flagged_and_one_kind_is_enough_to_fail():
     flagged = g4(pool(1e-3, worst=0.5), pool(1e-3), ratio=100.0)
     assert flagged.passed

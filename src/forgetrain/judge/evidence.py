@@ -4,7 +4,7 @@ reference and known-good engines."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from forgetrain import memory
 from forgetrain.engine.contract import Shard
 from forgetrain.engine.process import EngineProcess
 from forgetrain.gates.g2 import StepRecord
+from forgetrain.gates.g4 import ErrorPool
 from forgetrain.judge.hidden import Stream
+from forgetrain.numerics.oracle import OracleStep
 from forgetrain.spec.moments import average_decay, state_shapes
 from forgetrain.spec.target import Target
 
@@ -41,16 +43,28 @@ def from_weights(
     return list(trajectory(engine, stream, 0, steps, hashed=hashed))
 
 
-def clipped_gradients(
-    engine: EngineProcess, weights: Mapping[str, Tensor], batch: Any, lr: float
-) -> list[tuple[str, Tensor]]:
-    """The clipped gradients of a step from zero moments, fp32, named as taps; the first moments hold them:
-    exp_avg / (1 - its decay)."""
+class Gradients(NamedTuple):
+    """clipped: fp32, named as taps; norm: before clipping, as the step returned it."""
+
+    clipped: list[tuple[str, Tensor]]
+    norm: float
+
+
+def gradients_of(engine: EngineProcess, weights: Mapping[str, Tensor], batch: Any, lr: float) -> Gradients:
+    """The gradients of a step from zero moments; the first moments hold them: exp_avg / (1 - its decay)."""
     engine.load(weights)
-    engine.step(batch, lr)
+    norm = float(engine.step(batch, lr).grad_norm)
     recipe, prefix = engine.target.recipe, "exp_avg/"
     moments = {key.removeprefix(prefix): shard.tensor for key, shard in engine.state(("exp_avg",)).items()}
-    return [(f"{name}#clipped", m.div_(1 - average_decay(recipe, name, m.dim()))) for name, m in moments.items()]
+    clipped = [(f"{name}#clipped", m.div_(1 - average_decay(recipe, name, m.dim()))) for name, m in moments.items()]
+    return Gradients(clipped, norm)
+
+
+def add_to(pool: ErrorPool, due: OracleStep, found: Gradients) -> None:
+    """A norm below the recipe's clips nothing, so it has no error that gradients could have."""
+    clip = due.recipe.clip
+    off = max(found.norm, clip) / max(float(due.grad_norm), clip) - 1
+    pool.add_batch(((f"{name}#clipped", tensor) for name, tensor in due.clipped.items()), found.clipped, off)
 
 
 def masters(state: State) -> dict[str, Tensor]:

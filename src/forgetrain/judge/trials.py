@@ -32,9 +32,10 @@ from forgetrain.judge.clock import Replay, race
 from forgetrain.judge.evidence import (
     SCALARS,
     State,
-    clipped_gradients,
+    add_to,
     expected_start,
     from_weights,
+    gradients_of,
     masters,
     starting_state,
 )
@@ -43,7 +44,7 @@ from forgetrain.memory import give_back
 from forgetrain.numerics.compare import difference
 from forgetrain.numerics.device import release
 from forgetrain.numerics.init import initial_weights
-from forgetrain.numerics.oracle import OracleStep, oracle_step
+from forgetrain.numerics.oracle import oracle_step
 from forgetrain.spec.target import Target
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _known_good_errors(
     6% off, a norm in bf16 9%, its gradients 40%.) Nothing of it is in the candidate's hands."""
     judge, kept = trial.judge, target.precision.kept
     with judge.trusted(judge.peer, target, precision=target.precision.dtype) as known_good:
-        found = clipped_gradients(known_good, weights, batch, lr)  # loads, and takes the first step
+        found = gradients_of(known_good, weights, batch, lr)  # loads, and takes the first step
         after = masters(known_good.state(("master",)))
         seen = [(known_good.loss(batch), known_good.step(batch, lr).grad_norm)]
         known_good.load(weights)
@@ -137,7 +138,7 @@ def _known_good_errors(
         for name, value, wanted in (("loss", loss, due.loss), ("grad_norm", norm, due.grad_norm)):
             allowed[name] = max(allowed[name], _SCALAR_FACTOR * abs(float(value) / float(wanted) - 1.0))
         if start is weights:
-            pool.add_batch(_as_taps(due), found)
+            add_to(pool, due, found)
         del due
         release(judge.device)
     allowed["grad_norm"] = max(allowed["grad_norm"], _g4_ratio(target, kept) * pool.relative)
@@ -219,25 +220,21 @@ def errors(trial: Trial) -> Iterator[Verdict]:
         numbers = [0 if i == count // 2 else i for i in range(count)]
         cases = [(two[2 * i // count], stream.at(n), stream.rate(i)) for i, n in enumerate(numbers)]
         with trial.process(target, precision=precision) as engine:
-            mine = [clipped_gradients(engine, *case) for case in cases]
+            mine = [gradients_of(engine, *case) for case in cases]
         measure = trial.judge.peer if precision == "fp8" else trial.judge.reference
         with trial.judge.trusted(measure, target, precision=precision) as reference:
-            theirs = [clipped_gradients(reference, *case) for case in cases]
+            theirs = [gradients_of(reference, *case) for case in cases]
         pools = ErrorPool(), ErrorPool()
         for case, *found in zip(cases, mine, theirs, strict=True):
-            due = _as_taps(oracle_step(target, *case, precision=kept, device=trial.judge.device))
+            due = oracle_step(target, *case, precision=kept, device=trial.judge.device)
             for pool, values in zip(pools, found, strict=True):
-                pool.add_batch(due, values)
-            due.clear()  # before the next: of a billion parameters 9 GB of a GPU
+                add_to(pool, due, values)
+            del due  # before the next: of a billion parameters 9 GB of a GPU
             release(trial.judge.device)
         verdict = g4(*pools, ratio=_g4_ratio(target, kept), sandboxed=trial.sandboxed)
         yield _renamed(verdict, f"G4.{precision}")
         if not verdict.passed:
             return
-
-
-def _as_taps(step: OracleStep) -> list[tuple[str, Tensor]]:
-    return [(f"{name}#clipped", tensor) for name, tensor in step.clipped.items()]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import os
 _LARGEST = 2**31 - 1  # bytes; what mallopt's int can say
 #: For the environment of a process that will import torch, whose Linux builds use GNU's OpenMP and glibc's malloc.
 RUNTIME = {
-    "GOMP_SPINCOUNT": "5000",
+    "GOMP_SPINCOUNT": "20000",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(_LARGEST),
     "TORCHINDUCTOR_VEC_ISA_OK": "1",
