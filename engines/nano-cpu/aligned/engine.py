@@ -1,7 +1,7 @@
 """A pre-training engine for nano-cpu, written by ForgeTrain: forward, loss, backward, update.
 
 Aligned with megatron in fp32: torch 2.13.0, device cpu, processor AMD EPYC, capability AVX2, threads 2, ranks 1, megatron-core 0.16.1.
-Golden record 98d0e099e86021d403309b76b0e7a653d86680c67289a0e9bba66d71e335be79.
+Golden record 4b4469fc09132e0c563f67349fde7baad8fea0202160e14f8ce77eea8ab9f535.
 Its verdicts are kept under this file's SHA-256, in verdicts.json beside it.
 
 Plan:
