@@ -73,6 +73,13 @@ def test_an_error_of_the_norm_is_one_number_of_a_batch(norms, options, passed):
     assert verdict.detail["norm"]["reference"] == pytest.approx(9e-6, rel=0.1)
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_broken_reference_allows_nothing(broken):
+    reference = clipped_by(1e-5, -1e-5, 1e-5, 6e-6)
+    reference.norms[-1] = broken
+    assert not g4(clipped_by(*HONEST), reference, ratio=2.0).passed
+
+
 def test_a_norm_may_err_by_roundings_where_the_references_does_not():
     exact = clipped_by(*[0.0] * 4, error=0.0)
     assert g4(clipped_by(*[6e-7] * 4, error=0.0), exact, ratio=2.0).passed is False

@@ -108,7 +108,12 @@ def seeds(*evidence):
         (FAR, True),
         ((3.0, 0.1, DECLARED), True),
         ((3.0, 0.3, DECLARED), True),
+        ((3.0, 1.9, SAME), True),
+        ((3.0, 2.1, SAME), False),  # more than ten times the budget is nobody's rounding
         ((3.0, math.inf, SAME), False),
+        ((3.0, math.nan, SAME), False),
+        ((3.0, 0.1, Repeat("a", "b", 0.21, 0.02)), False),
+        ((3.0, 0.1, Repeat("a", "b", math.nan, 0.02)), False),
         (BITS, False),
         (HELD_OUT, False),
         ((9.0, 0.3, SAME), False),
@@ -123,13 +128,13 @@ def test_a_distance_alone_may_be_a_seeds_fault(evidence, again):
     [
         ([(3.0, 0.1, SAME), (3.0, 0.12, SAME)], None),
         ([(3.0, 0.1, SAME), FAR], "weights"),
-        ([(3.0, 0.1, SAME), (3.0, 0.1, DECLARED)], "weights"),
+        ([(3.0, 0.1, SAME), (3.0, 0.1, DECLARED)], "repeat"),
         ([FAR, FAR], "weights"),
         ([(3.0, 0.1, SAME), BITS], "repeat"),
         ([HELD_OUT, (3.0, 0.1, SAME)], "held-out loss"),
     ],
 )
-def test_of_three_seeds_rounding_may_lead_one_astray(others, failed):
+def test_whom_one_seed_led_astray_must_pass_with_all_others(others, failed):
     verdict = of_seeds(seeds(FAR, *others))
     assert verdict.passed is (failed is None)
     assert verdict.first_divergence == failed

@@ -33,7 +33,7 @@ from forgetrain.numerics.compare import exact
 from forgetrain.spec.taps import kind_of
 
 FLOOR_EPS = 4.0
-#: Of two sets of four numbers of one spread, one is this much larger than the other in 1 of 1,500 cases (F of 4 and 4).
+#: Of two sets of four numbers of one spread, one is this much larger than the other in 1 of 1,400 cases (F of 4 and 4).
 NORM_RATIO = 8.0
 BATCHES = 4
 #: A largest error this many times the pooled one of the reference is worth a look; it fails nothing.
@@ -139,12 +139,14 @@ def g4(candidate: ErrorPool, reference: ErrorPool, *, ratio: float, sandboxed: b
     norm = {"rms": candidate.norm, "reference": reference.norm, "allowed": allowed}
     detail = {"kinds": rows, "norm": norm, "flagged": flags, "ratio": ratio, "batches": candidate.batches}
     if failing:
-        used = max(_over(row["rest"], row["allowed"]) for row in rows.values())
-        used = max(used, _over(candidate.norm, allowed))
-        if used <= 1.0:
+        shares = {kind: _over(row["rest"], row["allowed"]) for kind, row in rows.items()}
+        of_norm = _over(candidate.norm, allowed)
+        if all(share <= 1.0 for share in (*shares.values(), of_norm)):
+            kind = max(shares, key=lambda kind: shares[kind])
+            used, errs = max(shares[kind], of_norm), rows[kind]
             text = (
-                f"{worst}, clipped by the oracle's norm, errs {row['rest']:.3g} of {row['allowed']:.3g} allowed; the "
-                f"norm itself errs {candidate.norm:.2g} of {allowed:.2g} allowed, the reference's {reference.norm:.2g}"
+                f"clipped by the oracle's norm {kind} uses most of its error budget: RMS error {errs['rest']:.3g} of "
+                f"{errs['allowed']:.3g} allowed; the norm itself errs {candidate.norm:.2g} of {allowed:.2g} allowed"
             )
             return Verdict("G4", True, used, 1.0, 1.0 - used, detail=detail, explanation=text, sandboxed=sandboxed)
     text = (
@@ -167,8 +169,8 @@ def g4(candidate: ErrorPool, reference: ErrorPool, *, ratio: float, sandboxed: b
 
 
 def _over(error: float, allowed: float) -> float:
-    """The share of the allowance that is used; infinite for an error that is not finite."""
-    if not math.isfinite(error):
+    """The share of the allowance that is used; infinite for an error, or an allowance, that is not finite."""
+    if not (math.isfinite(error) and math.isfinite(allowed)):
         return math.inf
     if allowed == 0.0:
         return 0.0 if error == 0.0 else math.inf

@@ -44,7 +44,8 @@ def from_weights(
 
 
 class Gradients(NamedTuple):
-    """clipped: fp32, named as taps; norm: before clipping, as the step returned it."""
+    """clipped: named as taps, an engine's in fp32, the oracle's in float64; norm: before clipping, an engine's as the
+    step returned it."""
 
     clipped: list[tuple[str, Tensor]]
     norm: float
@@ -60,11 +61,14 @@ def gradients_of(engine: EngineProcess, weights: Mapping[str, Tensor], batch: An
     return Gradients(clipped, norm)
 
 
-def add_to(pool: ErrorPool, due: OracleStep, found: Gradients) -> None:
-    """A norm below the recipe's clips nothing, so it has no error that gradients could have."""
-    clip = due.recipe.clip
-    off = max(found.norm, clip) / max(float(due.grad_norm), clip) - 1
-    pool.add_batch(((f"{name}#clipped", tensor) for name, tensor in due.clipped.items()), found.clipped, off)
+def gradients_due(step: OracleStep) -> Gradients:
+    """The oracle's, without the rest of its step, which of a billion parameters is 16 GB."""
+    return Gradients([(f"{name}#clipped", grad) for name, grad in step.clipped.items()], float(step.grad_norm))
+
+
+def add_to(pool: ErrorPool, due: Gradients, found: Gradients, clip: float) -> None:
+    """``clip``: the recipe's. A norm below it clips nothing, so it has no error that gradients could have."""
+    pool.add_batch(due.clipped, found.clipped, max(found.norm, clip) / max(due.norm, clip) - 1)
 
 
 def masters(state: State) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ from forgetrain.judge.evidence import (
     add_to,
     expected_start,
     from_weights,
+    gradients_due,
     gradients_of,
     masters,
     starting_state,
@@ -138,7 +139,7 @@ def _known_good_errors(
         for name, value, wanted in (("loss", loss, due.loss), ("grad_norm", norm, due.grad_norm)):
             allowed[name] = max(allowed[name], _SCALAR_FACTOR * abs(float(value) / float(wanted) - 1.0))
         if start is weights:
-            add_to(pool, due, found)
+            add_to(pool, gradients_due(due), found, target.recipe.clip)
         del due
         release(judge.device)
     allowed["grad_norm"] = max(allowed["grad_norm"], _g4_ratio(target, kept) * pool.relative)
@@ -226,10 +227,10 @@ def errors(trial: Trial) -> Iterator[Verdict]:
             theirs = [gradients_of(reference, *case) for case in cases]
         pools = ErrorPool(), ErrorPool()
         for case, *found in zip(cases, mine, theirs, strict=True):
-            due = oracle_step(target, *case, precision=kept, device=trial.judge.device)
+            due = gradients_due(oracle_step(target, *case, precision=kept, device=trial.judge.device))
             for pool, values in zip(pools, found, strict=True):
-                add_to(pool, due, values)
-            del due  # before the next: of a billion parameters 9 GB of a GPU
+                add_to(pool, due, values, target.recipe.clip)
+            due.clipped.clear()  # before the next: of a billion parameters 9 GB of a GPU
             release(trial.judge.device)
         verdict = g4(*pools, ratio=_g4_ratio(target, kept), sandboxed=trial.sandboxed)
         yield _renamed(verdict, f"G4.{precision}")
@@ -266,10 +267,13 @@ def paired_training(trial: Trial) -> Iterator[Verdict]:
 
 
 def hidden_training(trial: Trial) -> Iterator[Verdict]:
-    """A seed of the candidate's own; two more where that one may have led rounding far."""
+    """A seed of the candidate's own; two more, both of which it must pass, where that one may have led rounding far."""
     verdicts = [_hidden_training(trial, derive(trial.seed, "G6"))]
     if by_rounding(verdicts[0]):
-        verdicts += [_hidden_training(trial, derive(trial.seed, "G6", more)) for more in (1, 2)]
+        for more in (1, 2):
+            verdicts.append(_hidden_training(trial, derive(trial.seed, "G6", more)))
+            if not verdicts[-1].passed:
+                break
     yield of_seeds(verdicts)
 
 
