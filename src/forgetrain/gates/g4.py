@@ -102,18 +102,15 @@ class ErrorPool:
             if due.numel() <= 1:
                 continue
             pool = self.kinds.setdefault(kind_of(name), _Pool())
-            error = exact(value, due.device) - due
-            squares, size = float(error.square().sum()), float(due.square().sum())
-            pool.squared_error += squares
-            pool.squared_value += size
-            # (value · (1 + norm) - due)², without one more tensor of this size
-            along = float((error * due).sum()) if norm else 0.0
-            scale = 1 + norm
-            rest = scale * scale * squares + 2 * scale * norm * along + norm * norm * size
-            pool.squared_rest += 0.0 if rest < 0.0 else rest  # NaN stays NaN
+            found_exactly = exact(value, due.device)
+            error = found_exactly - due
+            pool.squared_error += float(error.square().sum())
+            pool.squared_value += float(due.square().sum())
             pool.count += due.numel()
             pool.largest = max(pool.largest, float(error.abs().max()))
             pool.eps = max(pool.eps, torch.finfo(value.dtype).eps)
+            error.add_(found_exactly, alpha=norm)  # value · (1 + norm) - due
+            pool.squared_rest += float(error.square().sum())
 
 
 def g4(candidate: ErrorPool, reference: ErrorPool, *, ratio: float, sandboxed: bool = False) -> Verdict:

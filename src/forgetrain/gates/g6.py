@@ -29,8 +29,8 @@ EXCUSED = 10.0
 
 @dataclass(frozen=True)
 class Repeat:
-    """The candidate run twice. declared_band: None for an engine that says it is deterministic, else the largest
-    relative weight distance between two of its runs that it declares."""
+    """The candidate run twice. distance: 0 of equal runs. declared_band: None for an engine that says it is
+    deterministic, else the largest relative weight distance between two of its runs that it declares."""
 
     first_hash: str
     second_hash: str
@@ -74,29 +74,27 @@ def g6(
         return Verdict("G6", False, explanation="one seed of the reference spans no band", sandboxed=sandboxed)
     low, high = min(reference_held_out), max(reference_held_out)
     centre, reach = (low + high) / 2, high - low
-    checks: dict[str, tuple[bool, str]] = {
+    band = repeat.declared_band
+    # by name: whether it passed, whether rounding may have led there, and that in words
+    checks: dict[str, tuple[bool, bool, str]] = {
         "held-out loss": (
             abs(held_out - centre) <= reach,
+            False,
             f"held-out loss {held_out:.6g}, the seeds span {low:.6g} to {high:.6g}",
         ),
         "weights": (
             distance <= distance_budget,
+            distance <= EXCUSED * distance_budget,
             f"weights {distance:.3g} of training's way from the reference's, {distance_budget:.3g} allowed",
         ),
         "repeat": _repeat(repeat),
     }
-    failed = [name for name, (passed, _) in checks.items() if not passed]
+    failed = [name for name, (passed, _, _) in checks.items() if not passed]
     used = max(_share(abs(held_out - centre), reach), _share(distance, distance_budget))
-    if repeat.first_hash != repeat.second_hash and repeat.declared_band is not None:
-        used = max(used, _share(repeat.distance, repeat.declared_band))
-    band = repeat.declared_band
-    excusable = {
-        "weights": distance <= EXCUSED * distance_budget,
-        "repeat": band is not None and repeat.distance <= EXCUSED * band,
-    }
+    if band is not None:
+        used = max(used, _share(repeat.distance, band))
     detail: dict[str, Any] = {
-        name: {"pass": passed, "text": text, "rounding": excusable.get(name, False)}
-        for name, (passed, text) in checks.items()
+        name: {"pass": passed, "text": text, "rounding": rounding} for name, (passed, rounding, text) in checks.items()
     }
     return Verdict(
         "G6",
@@ -106,7 +104,7 @@ def g6(
         1.0 - used,
         first_divergence=failed[0] if failed else None,
         detail=detail,
-        explanation="; ".join(checks[name][1] for name in failed or checks),
+        explanation="; ".join(checks[name][2] for name in failed or checks),
         sandboxed=sandboxed,
     )
 
@@ -132,13 +130,14 @@ def of_seeds(verdicts: Sequence[Verdict]) -> Verdict:
     )
 
 
-def _repeat(repeat: Repeat) -> tuple[bool, str]:
+def _repeat(repeat: Repeat) -> tuple[bool, bool, str]:
+    band = repeat.declared_band
     if repeat.first_hash == repeat.second_hash:
-        return True, "run twice, bit for bit equal"
-    if repeat.declared_band is None:
-        return False, "run twice, its weights differ, and it does not say that it is non-deterministic"
-    text = f"declared non-deterministic: two runs are {repeat.distance:.3g} apart, {repeat.declared_band:.3g} declared"
-    return repeat.distance <= repeat.declared_band, text
+        return True, False, "run twice, bit for bit equal"
+    if band is None:
+        return False, False, "run twice, its weights differ, and it does not say that it is non-deterministic"
+    text = f"declared non-deterministic: two runs are {repeat.distance:.3g} apart, {band:.3g} declared"
+    return repeat.distance <= band, repeat.distance <= EXCUSED * band, text
 
 
 def _share(value: float, allowed: float) -> float:
