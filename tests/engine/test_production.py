@@ -61,7 +61,9 @@ def test_gradients_are_the_explicit_schedules(architecture, documents, tmp_path)
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize(("key", "name"), [("products", "torch"), ("attention_kernel", "blocked")])
+@pytest.mark.parametrize(
+    ("key", "name"), [("products", "onednn"), ("products", "torch"), ("attention_kernel", "blocked")]
+)
 @pytest.mark.parametrize("documents", ["ignore", "mask"])
 def test_what_torch_has_itself(documents, key, name, tmp_path):
     target = tiny_target("qwen3", data={"documents": documents})
@@ -80,11 +82,14 @@ def test_the_native_kernel_of_other_sizes(heads, groups, size, documents, tmp_pa
         assert worst_difference(target, tmp_path, precision) < limit
 
 
-def test_the_native_kernel_is_for_cpus():
+def test_native_kernels_are_for_cpus():
     target = tiny_target(hardware={"name": "h200"})
-    with pytest.raises(UserError, match="attention_kernel"):
-        write_engine(target, PRODUCTION)
-    assert write_engine(target, PRODUCTION.with_choice("attention_kernel", "blocked"))
+    plan = PRODUCTION
+    for key, other in (("attention_kernel", "blocked"), ("products", "torch")):
+        with pytest.raises(UserError, match=f'^{key}: .*Choose {key} = "{other}"'):
+            write_engine(target, plan)
+        plan = plan.with_choice(key, other)
+    assert write_engine(target, plan)
 
 
 @pytest.mark.usefixtures("eager")

@@ -47,8 +47,9 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
         "FSDP2, for models that a rank cannot hold",
     ),
     "products": (
-        ("onednn", "torch"),
-        "fp32 products of two matrices by oneDNN, or by whatever torch.mm takes: MKL on x86. In bf16 both are oneDNN",
+        ("native", "onednn", "torch"),
+        "products of two matrices by a C++ kernel, for CPUs alone, but in bf16 where the processor multiplies that; or "
+        "in fp32 by oneDNN; or by whatever torch.mm takes: MKL for fp32 on x86, oneDNN for bf16",
     ),
     "attention_kernel": (
         ("native", "blocked"),

@@ -52,6 +52,13 @@ _ATTENTION = {
     "blocked": [blocked.attention_blocked_forward, blocked.attention_blocked_backward],
 }
 
+#: What each of its choices of products needs.
+_PRODUCTS = {
+    "native": [native.compiled_products, native.product_native, native.weight_gradient_native],
+    "onednn": [products.product_onednn, products.weight_gradient_onednn],
+    "torch": [products.product_torch, products.weight_gradient_torch],
+}
+
 #: What it needs where ranks share the positions of a row.
 _CONTEXT_ATTENTION = [
     context.own_positions,
@@ -78,9 +85,9 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         return write_fsdp(target, plan, facts)
     model = target.model
     production = plan["schedule"] == "production"
-    if production and plan["attention_kernel"] == "native" and target.hardware.device != "cpu":
-        remedy = 'choose attention_kernel = "blocked"'
-        raise UserError("that kernel is for CPUs", key="attention_kernel", value="native", remedy=remedy)
+    for key, other in (("attention_kernel", "blocked"), ("products", "torch")):
+        if production and plan[key] == "native" and target.hardware.device != "cpu":
+            raise UserError("that kernel is for CPUs", key=key, value="native", remedy=f'choose {key} = "{other}"')
     used = _PRODUCTION_OPS if production else tuple(OPS)
     if not model.qk_norm:
         used = tuple(key for key in used if key != "qk_norm")
@@ -103,7 +110,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         ]
         functions += [*compiled, blocked.norm_blocked]
         functions += _CONTEXT_ATTENTION if target.parallel.context > 1 else _ATTENTION[plan["attention_kernel"]]
-        functions += [getattr(products, f"{name}_{plan['products']}") for name in ("product", "weight_gradient")]
+        functions += _PRODUCTS[plan["products"]]
     decided = [*used, *((*SCHEDULE, *(() if muon else SCALE)) if production else STRUCTURE)]
     if production and plan["attention_kernel"] == "native":
         decided.remove("attention_block")
@@ -115,7 +122,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         [(key, name) for key, name in plan.items() if key in decided],
         muon=muon,
         sources=_sources(functions, compiled),
-        attention_source=importlib.resources.files("forgetrain.ops.cpu").joinpath("attention.cpp").read_text("utf-8"),
+        kernels={name: _kernel_source(name) for name in ("attention", "products")},
         tensor=target.parallel.tensor,
         context=target.parallel.context,
         sharded=plan["optimizer_state"] == "sharded" and not muon,
@@ -282,6 +289,10 @@ def write_fsdp(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         )
     sources = _sources([rope.rope_tables_textbook_forward, rope.rope_textbook_forward], [])
     return _rendered("fsdp.py.j2", target, plan, facts, plan.items(), sources=sources)
+
+
+def _kernel_source(name: str) -> str:
+    return importlib.resources.files("forgetrain.ops.cpu").joinpath(f"{name}.cpp").read_text("utf-8")
 
 
 def _module_source(name: str) -> str:

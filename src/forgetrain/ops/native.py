@@ -1,7 +1,7 @@
-"""Attention of the production schedule as one C++ kernel, ``ops/cpu/attention.cpp``, which stands in the engine's file.
+"""The production schedule's C++ kernels, ``ops/cpu/*.cpp``, which stand in the engine's file.
 
-torch's own compiler of regions builds and loads it, with its flags and its cache, so it needs nothing that regions do
-not need. Shapes as in ``forgetrain.ops.regions``; T is N · S.
+torch's own compiler of regions builds and loads them, with its flags and its cache, so they need nothing that regions
+do not need. Shapes as in ``forgetrain.ops.regions``; T is N · S.
 """
 
 from __future__ import annotations
@@ -47,3 +47,39 @@ def attention_native_backward(
     d_qkv = torch.empty_like(qkv)
     kernel(qkv, cos, sin, first, context, log_sum, d_context, d_qkv, qkv.shape[0] // s, s, 1)
     return d_qkv
+
+
+def compiled_products(source: str, dtype: torch.dtype) -> Callable | None:
+    """The kernel of products, built on the first call in an environment. None for bf16 where the processor multiplies
+    it, which oneDNN makes use of, in torch.mm."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+        return None
+    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
+    arguments = [f"const {number}*", f"const {number}*", f"{number}*", "float*", *["int64_t"] * 9]
+    return CppPythonBindingsCodeCache.load_pybinding(
+        arguments, f"#include <cstdint>\ntypedef {number} Number;\n{source}"
+    )
+
+
+def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
+    """a_MK · b_NKᵀ -> [M, N] in their dtype; both may be transposed views or parts of a matrix."""
+    if kernel is None:
+        return torch.mm(a, b.t())
+    (m, k), n = a.shape, b.shape[0]
+    out = a.new_empty(m, n)
+    sums = out if out.dtype == torch.float32 else out.new_empty(m, n, dtype=torch.float32)
+    kernel(a, b, out, sums, m, n, k, *a.stride(), *b.stride()[::-1], 0, 0)
+    return out
+
+
+def weight_gradient_native(kernel: Callable | None, grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
+    """d_out_TOᵀ · x_TI into grad_OI, fp32 and contiguous: in place of what is there, or added to it."""
+    if kernel is not None:
+        (k, m), n = d_out.shape, x.shape[1]
+        kernel(d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
+    elif replace:
+        grad.copy_(torch.mm(d_out.t(), x))
+    else:
+        grad.add_(torch.mm(d_out.t(), x))

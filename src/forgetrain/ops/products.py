@@ -1,6 +1,8 @@
-"""Products of two matrices as the production schedule asks for them; a plan's ``products`` chooses between them.
+"""Products of two matrices by torch's libraries, as the production schedule asks for them; a plan's ``products``
+chooses between these and the kernel of ``forgetrain.ops.native``.
 
-torch.mm has MKL for fp32 on x86, whose kernels fall behind oneDNN's on other vendors' cores; in bf16 it has oneDNN.
+torch.mm has MKL for fp32 on x86, which is behind oneDNN with AVX-512 on other vendors' cores and ahead of it with AVX2;
+in bf16 it has oneDNN.
 Shapes: T tokens, I and O a weight's columns and rows. Products accumulate in fp32.
 """
 

@@ -104,11 +104,12 @@ def head_norm_backward_region(x: Tensor, inverse: Tensor, weight: Tensor, d_out:
 
 
 def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> Tensor:
-    """Cross-entropy of logits_TV, which its gradient then replaces: -> nll_T fp32."""
+    """Cross-entropy of logits_TV, which its gradient then replaces: -> nll_T fp32. A label's own logit is a sum, for
+    torch 2.11's compiler would gather it after the gradient is in its place."""
     wide = logits.float()
     log_sum = torch.logsumexp(wide, dim=-1)
-    nll = log_sum - wide.gather(1, labels[:, None])[:, 0]
     onehot = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
+    nll = log_sum - torch.where(onehot, wide, 0.0).sum(-1)
     logits.copy_((torch.exp(wide - log_sum[:, None]) - onehot.float()) * d_nll[:, None])
     return nll
 

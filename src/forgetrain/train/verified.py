@@ -123,10 +123,13 @@ def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: 
         path.parent.mkdir(parents=True, exist_ok=True)
         name, plan = "textbook", Plan.textbook()
         if target.parallel.sharing > 1:
-            native = target.hardware.device == "cpu" and target.parallel.context == 1
-            kernel = "native" if native else "blocked"
+            cpu = target.hardware.device == "cpu"
+            kernels = {
+                "attention_kernel": "native" if cpu and target.parallel.context == 1 else "blocked",
+                "products": "native" if cpu else "torch",
+            }
             name = "production"
-            plan = Plan({"schedule": "production", "rope_tables": "fp32", "attention_kernel": kernel})
+            plan = Plan({"schedule": "production", "rope_tables": "fp32", **kernels})
         path.write_text(write_engine(target, plan), encoding="utf-8")
         return ChosenEngine(str(path), sha256_file(path), f"{name} plan, not aligned with a reference", False)
     path = aligned if engine is None else Path(engine)

@@ -26,6 +26,9 @@ constexpr int WIDEST = 8;  // of two registers, vectors are 3.6 times as slow
 constexpr int W = K % WIDEST == 0 ? WIDEST : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
 constexpr int TILE = 2 * W, C = K / W, Q_WIDTH = G * R * K, STRIDE = Q_WIDTH + 2 * G * K;
 constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed apart, for the digits' sake
+// Sums of RS rows and CS vectors of each stay in registers: of 16 there are half as many left as of 32.
+constexpr int part(int count, int most) { return most >= count ? count : count % most ? part(count, most - 1) : most; }
+constexpr int SUMS = W == 16 ? 24 : 8, RS = part(R, SUMS / 2), CS = part(C, SUMS / RS);
 typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
@@ -125,34 +128,43 @@ static inline void down(const float* x, int64_t count, Cell* out) {
 #endif
 }
 
-// ... of neighbours in a row, transposed to [K / PER, width].
+// ... of neighbours in a row, transposed to [width / TILE, K / PER, TILE]: in [K / PER, width] a tile's numbers would lie
+// whole pages apart, and all of them in the same few sets of L1.
 static void turned(const float* x, int64_t count, int64_t width, Cell* out) {
     Cells flat((count + 1) * K / PER);
     along(x, count + count % PER, flat.data());
     for (int d = 0; d < K / PER; d++)
-        for (int64_t j = 0; j < width; j++) out[d * width + j] = j < count ? flat[j * (K / PER) + d] : Cell{};
+        for (int64_t j = 0; j < width; j++)
+            out[j / TILE * TILE * (K / PER) + d * TILE + j % TILE] = j < count ? flat[j * (K / PER) + d] : Cell{};
 }
 
-// R rows of a (along) · the columns j to j + TILE of bt (turned).
-static inline void tile(const Cell* a, const Cell* bt, int64_t width, Lanes (&out)[R][2]) {
+// R rows of a (along) · TILE columns of bt (turned).
+static inline void tile(const Cell* a, const Cell* bt, Lanes (&out)[R][2]) {
+#ifdef PAIRED
     for (int r = 0; r < R; r++) out[r][0] = out[r][1] = Lanes{};
     for (int d = 0; d < K / PER; d++)
         for (int h = 0; h < 2; h++) {
-#ifdef PAIRED
-            __m512i x = _mm512_loadu_si512(bt + d * width + h * W);
+            __m512i x = _mm512_loadu_si512(bt + d * TILE + h * W);
             for (int r = 0; r < R; r++) out[r][h] = times(out[r][h], a[r * (K / 2) + d], x);
-#else
-            Lanes x = load(bt + d * width + h * W);
-            for (int r = 0; r < R; r++) out[r][h] += a[r * K + d] * x;
-#endif
         }
+#else
+    for (int top = 0; top < R; top += RS) {
+        Lanes sum[RS][2];
+        for (int r = 0; r < RS; r++) sum[r][0] = sum[r][1] = Lanes{};
+        for (int d = 0; d < K; d++) {
+            Lanes x = load(bt + d * TILE), y = load(bt + d * TILE + W);
+            for (int r = 0; r < RS; r++) sum[r][0] += a[(top + r) * K + d] * x, sum[r][1] += a[(top + r) * K + d] * y;
+        }
+        for (int r = 0; r < RS; r++) out[top + r][0] = sum[r][0], out[top + r][1] = sum[r][1];
+    }
+#endif
 }
 
 // R rows of p · the rows [from, to) of b_K (down). Outside of that range p is zero up to whole tiles.
 static inline void gather(const float* p, int64_t width, const Cell* b, int64_t from, int64_t to, Cell* scratch,
                           Lanes (&out)[R][C]) {
-    for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) out[r][c] = Lanes{};
 #ifdef PAIRED
+    for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) out[r][c] = Lanes{};
     for (int r = 0; r < R; r++)
         for (int64_t j = from / TILE * TILE; j < to; j += TILE)
             _mm512_storeu_si512(scratch + (r * width + j) / 2, rounded(p + r * width + j, p + r * width + j + W));
@@ -162,10 +174,16 @@ static inline void gather(const float* p, int64_t width, const Cell* b, int64_t 
             for (int r = 0; r < R; r++) out[r][c] = times(out[r][c], scratch[r * width / 2 + j], x);
         }
 #else
-    for (int64_t j = from; j < to; j++)
-        for (int c = 0; c < C; c++) {
-            Lanes x = load(b + j * K + c * W);
-            for (int r = 0; r < R; r++) out[r][c] += p[r * width + j] * x;
+    for (int top = 0; top < R; top += RS)
+        for (int left = 0; left < C; left += CS) {
+            Lanes sum[RS][CS];
+            for (int r = 0; r < RS; r++) for (int c = 0; c < CS; c++) sum[r][c] = Lanes{};
+            for (int64_t j = from; j < to; j++)
+                for (int c = 0; c < CS; c++) {
+                    Lanes x = load(b + j * K + (left + c) * W);
+                    for (int r = 0; r < RS; r++) sum[r][c] += p[(top + r) * width + j] * x;
+                }
+            for (int r = 0; r < RS; r++) for (int c = 0; c < CS; c++) out[top + r][left + c] = sum[r][c];
         }
 #endif
 }
@@ -222,7 +240,7 @@ static void forward(const Number* qkv, const float* cos, const float* sin, const
             for (int r = 0; r < R; r++) most[r] = Lanes{} - INFINITY;
             for (int64_t j = start; j < end; j += TILE) {
                 Lanes t[R][2];
-                tile(q_row.data(), kt.data() + j, width, t);
+                tile(q_row.data(), kt.data() + j * (K / PER), t);
                 for (int h = 0; h < 2; h++) {
                     Whole open = seen(j + h * W, from, i);
                     for (int r = 0; r < R; r++) {
@@ -292,13 +310,13 @@ static void backward(const Number* qkv, const float* cos, const float* sin, cons
             int64_t from = first[row * s + i], end = i / TILE * TILE + TILE;
             for (int64_t j = from / TILE * TILE; j < end; j += TILE) {
                 Lanes t[R][2];
-                tile(q_row.data(), kt.data() + j, width, t);
+                tile(q_row.data(), kt.data() + j * (K / PER), t);
                 for (int h = 0; h < 2; h++) {
                     Whole open = seen(j + h * W, from, i);
                     for (int r = 0; r < R; r++)
                         store(p.data() + r * width + j + h * W, open ? exponential(t[r][h] - lse[r]) : Lanes{});
                 }
-                tile(go_row.data(), vt.data() + j, width, t);
+                tile(go_row.data(), vt.data() + j * (K / PER), t);
                 for (int h = 0; h < 2; h++)
                     for (int r = 0; r < R; r++) {
                         int64_t to = r * width + j + h * W;
