@@ -246,6 +246,22 @@ class Thorough(Verdicts):
         return found
 
 
+def test_what_a_champion_passed_is_in_its_folder_before_the_next_attempt(tmp_path):
+    target, ships = prepared(tmp_path), Proposal("speed = 1.2\n", "ships")
+    loop(target, tmp_path, Script([]), gates=["G4", "G7"]).replay(ships, ["G4", "G7"])
+
+    class Killed:
+        name = "killed"
+
+        def propose(self, brief):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(target, tmp_path, Killed(), Thorough()).run()
+    provenance = read_json(tmp_path / target.name / "champion" / "provenance.json", "")
+    assert [verdict["gate"] for verdict in provenance["verdicts"]] == ["G4", "G7", "G5"]
+
+
 def test_a_champion_s_folder_tells_of_its_own_target(tmp_path):
     target, mine = prepared(tmp_path), Proposal("speed = 2\n", "mine")
     loop(target, tmp_path, Script([]), Thorough()).submit(mine)

@@ -16,7 +16,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -428,9 +428,8 @@ class Loop:
         outcome = self._outcome(ended)
         outcome.verified = judgement is not None
         if judgement is not None:
-            verdicts = [verdict.as_dict() for verdict in judgement.verdicts]
-            outcome.verification = {"passed": True, "speed": judgement.speed, "verdicts": verdicts}
-            outcome.folder = self._write(outcome)
+            outcome.verification = {"passed": True, "speed": judgement.speed, "verdicts": judgement.told()}
+            outcome.folder = self._write(judgement.speed, judgement.told())
         return outcome
 
     def _standing(self, ended: str) -> LoopOutcome:
@@ -452,7 +451,7 @@ class Loop:
             latest = {verdict["gate"]: verdict for verdict in told if verdict["purpose"] != "hand"}
             verdicts = [{**verdict, "pass": bool(verdict["pass"])} for verdict in latest.values()]
             outcome.verification = {"speed": self._speed, "verdicts": verdicts}
-            self._write(outcome)
+            self._write(self._speed, verdicts)
         return outcome
 
     def _verify_champion(self, id: str | None = None) -> Judgement | None:
@@ -471,16 +470,17 @@ class Loop:
                 gain = self.champion().gain
                 self.say(f"the champion passed every gate again; {gain:.3f} times the aligned engine")
                 self._verified_champions[champion.digest] = judgement
+                self._write(judgement.speed, judgement.told())  # at once, lest a kill lose it
                 return judgement
             self._verified_champions.pop(champion.digest, None)
             self._depose(champion.digest, judging, failed)
             id = None
         return None
 
-    def _write(self, outcome: LoopOutcome) -> Path:
-        speed = {**outcome.verification.get("speed", {}), "ratio_to_aligned": outcome.gain}
-        verdicts = outcome.verification.get("verdicts", [])
-        run, champion = self.runs / self.target.name, self.ledger.candidate(outcome.champion, self.key)
+    def _write(self, speed: Mapping[str, Any], verdicts: list[dict[str, Any]]) -> Path:
+        standing = self.champion()
+        run, champion = self.runs / self.target.name, self.ledger.candidate(standing.digest, self.key)
+        speed = {**speed, "ratio_to_aligned": standing.gain}
         return write_champion(run, self.target, self.ledger, champion, self.environment, verdicts, speed)
 
     def _depose(self, digest: str, judging: str, failed: Verdict) -> None:

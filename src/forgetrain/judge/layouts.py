@@ -35,8 +35,9 @@ from forgetrain.spec.target import Target
 if TYPE_CHECKING:
     from forgetrain.judge.runner import Judge, Trial
 
-#: Steps of G9's runs, how many lie between two checkpoints, and over how many its rate falls.
-_COMMAND_STEPS, _COMMAND_CHECKPOINT, _COMMAND_DECAY = 12, 2, 4
+#: Steps of G9's runs, how many lie between two checkpoints (of a billion parameters each has 13 GB, and a run of the
+#: command lasts as long as they take), and over how many its rate falls.
+_COMMAND_STEPS, _COMMAND_CHECKPOINT, _COMMAND_DECAY = 12, 4, 4
 #: What of a state G3 compares: weighted sums of gradients. What they do to the rest is G4.update's.
 _COMPARED = ("exp_avg",)
 

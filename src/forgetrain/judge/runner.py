@@ -90,6 +90,10 @@ class Judgement:
     def first_failure(self) -> Verdict | None:
         return next((verdict for verdict in self.verdicts if not verdict.passed), None)
 
+    def told(self) -> list[dict[str, Any]]:
+        """The verdicts as provenance has them."""
+        return [verdict.as_dict() for verdict in self.verdicts]
+
 
 class Judge:
     """Judges candidates of one target. What the reference gives for the seeds of G5 is kept between candidates, who
