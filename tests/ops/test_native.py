@@ -9,7 +9,7 @@ from forgetrain.ops.native import compiled_products, product_native, weight_grad
 
 SOURCE = importlib.resources.files("forgetrain.ops.cpu").joinpath("products.cpp").read_text("utf-8")
 #: Rows, columns and what is summed over: less than a tile, than a block, than one depth; and more than each of them.
-SIZES = [(1, 1, 1), (5, 33, 9), (48, 64, 256), (150, 97, 300), (601, 40, 517)]
+SIZES = [(1, 1, 1), (5, 33, 9), (48, 64, 256), (150, 97, 300), (601, 40, 517), (30, 4200, 40)]
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -37,22 +37,26 @@ def random(rows: int, columns: int, dtype: torch.dtype, lies: str) -> torch.Tens
     return wide[:, ::2] if lies == "apart" else wide[:, :columns]
 
 
+def on_threads(number: int, compute):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        return compute()
+    finally:
+        torch.set_num_threads(before)
+
+
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])  # four share both the rows and the columns of the smaller ones
 @pytest.mark.parametrize("lies", ["rows", "columns", "apart"])
 @pytest.mark.parametrize("size", SIZES)
 def test_products_are_those_of_float64(kernel, dtype, size, lies, threads):
     m, n, k = size
     a, b = random(m, k, dtype, lies), random(n, k, dtype, lies)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = product_native(kernel, a, b)
-    finally:
-        torch.set_num_threads(before)
+    found, alone = (on_threads(number, lambda: product_native(kernel, a, b)) for number in (threads, 1))
     assert found.dtype == dtype
     assert found.is_contiguous()
     exact = a.double() @ b.double().t()
@@ -62,7 +66,7 @@ def test_products_are_those_of_float64(kernel, dtype, size, lies, threads):
         assert float(((found.double() - exact).abs() / near).max()) < 2**-8 + 1e-4
     else:
         assert error(found, exact) < 1e-6
-    assert torch.equal(found, product_native(kernel, a, b))  # whatever the number of threads
+    assert torch.equal(found, alone)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -75,6 +79,26 @@ def test_gradients_of_weights_are_summed_in_fp32(kernel, dtype, size):
     assert error(grad, exact) < 1e-6
     weight_gradient_native(kernel, grad, d_out, x, replace=False)
     assert error(grad, 2 * exact) < 1e-6
+
+
+def test_a_sum_of_nothing_is_zero(kernel, dtype):
+    a, b = torch.empty(3, 0, dtype=dtype), torch.empty(5, 0, dtype=dtype)
+    assert torch.equal(product_native(kernel, a, b), torch.zeros(3, 5, dtype=dtype))
+    grad = torch.ones(3, 5)
+    weight_gradient_native(kernel, grad, a.t(), b.t(), replace=False)
+    assert torch.equal(grad, torch.ones(3, 5))
+    weight_gradient_native(kernel, grad, a.t(), b.t(), replace=True)
+    assert torch.equal(grad, torch.zeros(3, 5))
+
+
+def test_what_the_kernel_would_misread_is_refused(kernel, dtype):
+    a, b, other = torch.ones(3, 4, dtype=dtype), torch.ones(5, 4, dtype=dtype), torch.ones(5, 4, dtype=torch.float16)
+    for wrong in (other, b[:, :3]):
+        with pytest.raises(ValueError, match="no product of"):
+            product_native(kernel, a, wrong)
+    for grad in (torch.zeros(4, 4, dtype=torch.float64), torch.zeros(8, 8)[::2, ::2]):
+        with pytest.raises(ValueError, match="no gradient of"):
+            weight_gradient_native(kernel, grad, a, a, replace=True)
 
 
 def test_nan_and_infinity_come_through(kernel, dtype):

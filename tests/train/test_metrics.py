@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from forgetrain.errors import UserError
+from forgetrain.train import metrics
 from forgetrain.train.events import Events
 from forgetrain.train.metrics import Journal, read_journal
 
@@ -99,3 +101,20 @@ def test_a_full_disk_for_tensorboard_is_one_line(tmp_path, capfd):
     with contextlib.suppress(UserError):
         events.close()
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_bf16_is_measured_as_fp32_where_torch_multiplies_it_a_hundred_times_slower(monkeypatch):
+    """An engine's own kernel widens it, and a step as fast as fp32's was called impossible."""
+    rates = {torch.float32: 80e9, torch.bfloat16: 0.7e9}
+    sizes = []
+
+    def rate(dtype, size, seconds):
+        sizes.append((dtype, size))
+        return rates[dtype]
+
+    monkeypatch.setattr(metrics, "_gemm_rate", rate)
+    assert metrics.measured_gemm_rate(torch.bfloat16) == 80e9
+    assert (torch.bfloat16, 1024) not in sizes  # three seconds a product
+    rates[torch.bfloat16] = 300e9
+    assert metrics.measured_gemm_rate(torch.bfloat16) == 300e9
+    assert metrics.measured_gemm_rate(torch.float32) == 80e9

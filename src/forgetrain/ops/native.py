@@ -67,6 +67,8 @@ def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
     """a_MK · b_NKᵀ -> [M, N] in their dtype; both may be transposed views or parts of a matrix."""
     if kernel is None:
         return torch.mm(a, b.t())
+    if a.dtype != b.dtype or a.shape[1] != b.shape[1]:
+        raise ValueError(f"no product of {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
     (m, k), n = a.shape, b.shape[0]
     out = a.new_empty(m, n)
     sums = out if out.dtype == torch.float32 else out.new_empty(m, n, dtype=torch.float32)
@@ -77,6 +79,12 @@ def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
 def weight_gradient_native(kernel: Callable | None, grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
     """d_out_TOᵀ · x_TI into grad_OI, fp32 and contiguous: in place of what is there, or added to it."""
     if kernel is not None:
+        if (
+            (d_out.dtype, d_out.shape[0]) != (x.dtype, x.shape[0])
+            or grad.dtype != torch.float32
+            or not grad.is_contiguous()
+        ):
+            raise ValueError(f"no gradient of {d_out.dtype} {tuple(d_out.shape)} and {x.dtype} {tuple(x.shape)}")
         (k, m), n = d_out.shape, x.shape[1]
         kernel(d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
     elif replace:

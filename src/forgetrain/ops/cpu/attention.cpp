@@ -26,7 +26,7 @@ constexpr int WIDEST = 8;  // of two registers, vectors are 3.6 times as slow
 constexpr int W = K % WIDEST == 0 ? WIDEST : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
 constexpr int TILE = 2 * W, C = K / W, Q_WIDTH = G * R * K, STRIDE = Q_WIDTH + 2 * G * K;
 constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed apart, for the digits' sake
-// Sums of RS rows and CS vectors of each stay in registers: of 16 there are half as many left as of 32.
+// Sums of RS rows and CS vectors of each stay in registers, beside what is multiplied: in 24 of 32, or in 8 of 16.
 constexpr int part(int count, int most) { return most >= count ? count : count % most ? part(count, most - 1) : most; }
 constexpr int SUMS = W == 16 ? 24 : 8, RS = part(R, SUMS / 2), CS = part(C, SUMS / RS);
 typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));

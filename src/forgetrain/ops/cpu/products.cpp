@@ -17,8 +17,8 @@
 #include <type_traits>
 
 #ifdef __AVX512F__
-constexpr int W = 16, MR = 12;       // numbers a vector; rows and columns of C whose sums fit 32 registers, or 16
-constexpr int64_t DEPTH = 192;       // a strip takes 24 KiB of L1
+constexpr int W = 16, MR = 12;  // numbers a vector; rows of C, whose sums take 24 of 32 registers, or 12 of 16
+constexpr int64_t DEPTH = 192;  // a strip takes 24 KiB of L1, or 16
 #else
 constexpr int W = 8, MR = 6;
 constexpr int64_t DEPTH = 256;
@@ -122,8 +122,10 @@ static inline __attribute__((always_inline)) void tile(
     Number* out, int64_t at, int64_t stride, int64_t rows, int64_t columns, bool add) {
     Lanes s[MR][2];
     sums += at;
-    for (int64_t r = 0; r < rows; r++)  // they arrive while the product is computed
-        __builtin_prefetch(sums + r * stride, 1), __builtin_prefetch(sums + r * stride + columns - 1, 1);
+    for (int64_t r = 0; r < rows; r++) {  // what is written arrives while the product is computed
+        if (out) __builtin_prefetch(out + at + r * stride, 1), __builtin_prefetch(out + at + r * stride + columns - 1, 1);
+        if (add || !out) __builtin_prefetch(sums + r * stride, 1), __builtin_prefetch(sums + r * stride + columns - 1, 1);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < MR; r++) s[r][0] = s[r][1] = Lanes{};
     for (int64_t k = 0; k < depth; k++, a += step, b += NR) {
@@ -163,7 +165,11 @@ extern "C" void kernel(const Number* a, const Number* b, Number* out, float* sum
                        int64_t a_row, int64_t a_step, int64_t b_step, int64_t b_column, int64_t gradient,
                        int64_t replace) {
     static thread_local Room strips;
-    const int64_t chunks = (k + DEPTH - 1) / DEPTH, most = std::min(DEPTH, ((k + chunks - 1) / chunks + 7) / 8 * 8);
+    if (k == 0) {
+        if (!gradient || replace) std::fill_n(sums, m * n, 0.0f), std::fill_n(out, gradient ? 0 : m * n, Number{});
+        return;
+    }
+    const int64_t chunks = (k + DEPTH - 1) / DEPTH, most = ((k + chunks - 1) / chunks + 7) / 8 * 8;  // at most DEPTH
     const int64_t panels = (m + MR - 1) / MR;
     float* packed = strips.of(most * ((std::min(n, WIDTH) + NR - 1) / NR * NR));
     const bool direct = std::is_same_v<Number, float> && a_step == 1;  // rows of fp32 are read as they lie
