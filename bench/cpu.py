@@ -176,6 +176,9 @@ def main() -> None:
     parser.add_argument("--log", default="bench-cpu.log")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    unknown = [name for name in args.peers.split(",") if name not in PEERS]
+    if unknown:
+        parser.error(f"--peers: no such peer: {', '.join(unknown)}; there are {', '.join(PEERS)}")
     result = measure(args)
     show(result)
     if args.out:

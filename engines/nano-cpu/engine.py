@@ -2,7 +2,7 @@
 
 Plan:
     schedule = production
-    products = onednn
+    products = native
     attention_kernel = native
     head_rows = 512
     optimizer_state = sharded
@@ -86,12 +86,6 @@ def norm_backward_region(
 
 
 @torch.compile(dynamic=False)
-def transposed_region(x: Tensor) -> Tensor:
-    """x_TD -> x_DT."""
-    return x.t().contiguous()
-
-
-@torch.compile(dynamic=False)
 def swiglu_region(gate_up: Tensor) -> Tensor:
     """[gate, up]_T2F -> silu(gate) · up, [T, F]."""
     gate, up = gate_up.float().chunk(2, dim=-1)
@@ -110,11 +104,12 @@ def swiglu_backward_region(gate_up: Tensor, d_out: Tensor) -> Tensor:
 
 @torch.compile(dynamic=False)
 def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> Tensor:
-    """Cross-entropy of logits_TV, which its gradient then replaces: -> nll_T fp32."""
+    """Cross-entropy of logits_TV, which its gradient then replaces: -> nll_T fp32. A label's own logit is a sum, for
+    torch 2.11's compiler would gather it after the gradient is in its place."""
     wide = logits.float()
     log_sum = torch.logsumexp(wide, dim=-1)
-    nll = log_sum - wide.gather(1, labels[:, None])[:, 0]
     onehot = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
+    nll = log_sum - torch.where(onehot, wide, 0.0).sum(-1)
     logits.copy_((torch.exp(wide - log_sum[:, None]) - onehot.float()) * d_nll[:, None])
     return nll
 
@@ -191,36 +186,40 @@ def attention_native_backward(
     return d_qkv
 
 
-def product_onednn(a: Tensor, b: Tensor) -> Tensor:
-    """The same; ``a`` must be contiguous lest it be copied, ``b`` may be a transposed view."""
-    if a.is_cpu and a.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return torch.mm(a, b.t())
+def compiled_products(source: str, dtype: torch.dtype) -> Callable | None:
+    """The kernel of products, built on the first call in an environment. None for bf16 where the processor multiplies
+    it, which oneDNN makes use of, in torch.mm."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
+        return None
+    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
+    arguments = [f"const {number}*", f"const {number}*", f"{number}*", "float*", *["int64_t"] * 9]
+    return CppPythonBindingsCodeCache.load_pybinding(
+        arguments, f"#include <cstdint>\ntypedef {number} Number;\n{source}"
+    )
 
 
-def weight_gradient_torch(grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
-    """d_out_TOᵀ · x_TI into grad_OI, fp32: in place of what is there, or added to it."""
-    if d_out.dtype == torch.float32:
-        grad.addmm_(d_out.t(), x, beta=0.0 if replace else 1.0)
+def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
+    """a_MK · b_NKᵀ -> [M, N] in their dtype; both may be transposed views or parts of a matrix."""
+    if kernel is None:
+        return torch.mm(a, b.t())
+    (m, k), n = a.shape, b.shape[0]
+    out = a.new_empty(m, n)
+    sums = out if out.dtype == torch.float32 else out.new_empty(m, n, dtype=torch.float32)
+    kernel(a, b, out, sums, m, n, k, *a.stride(), *b.stride()[::-1], 0, 0)
+    return out
+
+
+def weight_gradient_native(kernel: Callable | None, grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
+    """d_out_TOᵀ · x_TI into grad_OI, fp32 and contiguous: in place of what is there, or added to it."""
+    if kernel is not None:
+        (k, m), n = d_out.shape, x.shape[1]
+        kernel(d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
     elif replace:
         grad.copy_(torch.mm(d_out.t(), x))
     else:
         grad.add_(torch.mm(d_out.t(), x))
-
-
-def weight_gradient_onednn(grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
-    """The same. oneDNN wants its first matrix contiguous, so the narrower of the two is transposed beforehand."""
-    if not (d_out.is_cpu and d_out.dtype == torch.float32):
-        return weight_gradient_torch(grad, d_out, x, replace)
-    if d_out.shape[1] <= x.shape[1]:
-        found = product_onednn(transposed_region(d_out), x.t())
-    else:
-        found = product_onednn(transposed_region(x), d_out.t()).t()
-    if replace:
-        grad.copy_(found)
-    else:
-        grad.add_(found)
-    return None
 
 
 ATTENTION_SOURCE = r"""
@@ -252,6 +251,9 @@ constexpr int WIDEST = 8;  // of two registers, vectors are 3.6 times as slow
 constexpr int W = K % WIDEST == 0 ? WIDEST : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
 constexpr int TILE = 2 * W, C = K / W, Q_WIDTH = G * R * K, STRIDE = Q_WIDTH + 2 * G * K;
 constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed apart, for the digits' sake
+// Sums of RS rows and CS vectors of each stay in registers: of 16 there are half as many left as of 32.
+constexpr int part(int count, int most) { return most >= count ? count : count % most ? part(count, most - 1) : most; }
+constexpr int SUMS = W == 16 ? 24 : 8, RS = part(R, SUMS / 2), CS = part(C, SUMS / RS);
 typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
@@ -351,34 +353,43 @@ static inline void down(const float* x, int64_t count, Cell* out) {
 #endif
 }
 
-// ... of neighbours in a row, transposed to [K / PER, width].
+// ... of neighbours in a row, transposed to [width / TILE, K / PER, TILE]: in [K / PER, width] a tile's numbers would lie
+// whole pages apart, and all of them in the same few sets of L1.
 static void turned(const float* x, int64_t count, int64_t width, Cell* out) {
     Cells flat((count + 1) * K / PER);
     along(x, count + count % PER, flat.data());
     for (int d = 0; d < K / PER; d++)
-        for (int64_t j = 0; j < width; j++) out[d * width + j] = j < count ? flat[j * (K / PER) + d] : Cell{};
+        for (int64_t j = 0; j < width; j++)
+            out[j / TILE * TILE * (K / PER) + d * TILE + j % TILE] = j < count ? flat[j * (K / PER) + d] : Cell{};
 }
 
-// R rows of a (along) · the columns j to j + TILE of bt (turned).
-static inline void tile(const Cell* a, const Cell* bt, int64_t width, Lanes (&out)[R][2]) {
+// R rows of a (along) · TILE columns of bt (turned).
+static inline void tile(const Cell* a, const Cell* bt, Lanes (&out)[R][2]) {
+#ifdef PAIRED
     for (int r = 0; r < R; r++) out[r][0] = out[r][1] = Lanes{};
     for (int d = 0; d < K / PER; d++)
         for (int h = 0; h < 2; h++) {
-#ifdef PAIRED
-            __m512i x = _mm512_loadu_si512(bt + d * width + h * W);
+            __m512i x = _mm512_loadu_si512(bt + d * TILE + h * W);
             for (int r = 0; r < R; r++) out[r][h] = times(out[r][h], a[r * (K / 2) + d], x);
-#else
-            Lanes x = load(bt + d * width + h * W);
-            for (int r = 0; r < R; r++) out[r][h] += a[r * K + d] * x;
-#endif
         }
+#else
+    for (int top = 0; top < R; top += RS) {
+        Lanes sum[RS][2];
+        for (int r = 0; r < RS; r++) sum[r][0] = sum[r][1] = Lanes{};
+        for (int d = 0; d < K; d++) {
+            Lanes x = load(bt + d * TILE), y = load(bt + d * TILE + W);
+            for (int r = 0; r < RS; r++) sum[r][0] += a[(top + r) * K + d] * x, sum[r][1] += a[(top + r) * K + d] * y;
+        }
+        for (int r = 0; r < RS; r++) out[top + r][0] = sum[r][0], out[top + r][1] = sum[r][1];
+    }
+#endif
 }
 
 // R rows of p · the rows [from, to) of b_K (down). Outside of that range p is zero up to whole tiles.
 static inline void gather(const float* p, int64_t width, const Cell* b, int64_t from, int64_t to, Cell* scratch,
                           Lanes (&out)[R][C]) {
-    for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) out[r][c] = Lanes{};
 #ifdef PAIRED
+    for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) out[r][c] = Lanes{};
     for (int r = 0; r < R; r++)
         for (int64_t j = from / TILE * TILE; j < to; j += TILE)
             _mm512_storeu_si512(scratch + (r * width + j) / 2, rounded(p + r * width + j, p + r * width + j + W));
@@ -388,10 +399,16 @@ static inline void gather(const float* p, int64_t width, const Cell* b, int64_t 
             for (int r = 0; r < R; r++) out[r][c] = times(out[r][c], scratch[r * width / 2 + j], x);
         }
 #else
-    for (int64_t j = from; j < to; j++)
-        for (int c = 0; c < C; c++) {
-            Lanes x = load(b + j * K + c * W);
-            for (int r = 0; r < R; r++) out[r][c] += p[r * width + j] * x;
+    for (int top = 0; top < R; top += RS)
+        for (int left = 0; left < C; left += CS) {
+            Lanes sum[RS][CS];
+            for (int r = 0; r < RS; r++) for (int c = 0; c < CS; c++) sum[r][c] = Lanes{};
+            for (int64_t j = from; j < to; j++)
+                for (int c = 0; c < CS; c++) {
+                    Lanes x = load(b + j * K + (left + c) * W);
+                    for (int r = 0; r < RS; r++) sum[r][c] += p[(top + r) * width + j] * x;
+                }
+            for (int r = 0; r < RS; r++) for (int c = 0; c < CS; c++) out[top + r][left + c] = sum[r][c];
         }
 #endif
 }
@@ -448,7 +465,7 @@ static void forward(const Number* qkv, const float* cos, const float* sin, const
             for (int r = 0; r < R; r++) most[r] = Lanes{} - INFINITY;
             for (int64_t j = start; j < end; j += TILE) {
                 Lanes t[R][2];
-                tile(q_row.data(), kt.data() + j, width, t);
+                tile(q_row.data(), kt.data() + j * (K / PER), t);
                 for (int h = 0; h < 2; h++) {
                     Whole open = seen(j + h * W, from, i);
                     for (int r = 0; r < R; r++) {
@@ -518,13 +535,13 @@ static void backward(const Number* qkv, const float* cos, const float* sin, cons
             int64_t from = first[row * s + i], end = i / TILE * TILE + TILE;
             for (int64_t j = from / TILE * TILE; j < end; j += TILE) {
                 Lanes t[R][2];
-                tile(q_row.data(), kt.data() + j, width, t);
+                tile(q_row.data(), kt.data() + j * (K / PER), t);
                 for (int h = 0; h < 2; h++) {
                     Whole open = seen(j + h * W, from, i);
                     for (int r = 0; r < R; r++)
                         store(p.data() + r * width + j + h * W, open ? exponential(t[r][h] - lse[r]) : Lanes{});
                 }
-                tile(go_row.data(), vt.data() + j, width, t);
+                tile(go_row.data(), vt.data() + j * (K / PER), t);
                 for (int h = 0; h < 2; h++)
                     for (int r = 0; r < R; r++) {
                         int64_t to = r * width + j + h * W;
@@ -558,6 +575,224 @@ extern "C" void kernel(const Number* qkv, const float* cos, const float* sin, co
                        float* log_sum, const Number* d_out, Number* d_qkv, int64_t n, int64_t s, int64_t back) {
     if (back) backward(qkv, cos, sin, first, out, log_sum, d_out, d_qkv, n, s);
     else forward(qkv, cos, sin, first, out, log_sum, n, s);
+}
+"""
+PRODUCTS_SOURCE = r"""
+// Products of two matrices on a CPU, sums in fp32: C_MN = A_MK · B_KN, or C + A · B. Operands lie either way; bf16 is
+// widened as it is packed, so that processors without bf16 instructions multiply it as fast as fp32.
+//
+// As in GotoBLAS (Goto and van de Geijn, ACM TOMS 34(3), 2008): DEPTH rows of B lie in strips of NR columns, packed by
+// all threads together; each thread takes its share of C's rows, a block of them at a time, which stays in L2 while the
+// strips go through L1, and MR x NR sums stay in registers. What a sum is made of, and in which order, depends on K alone:
+// another number of threads gives the same bits.
+//
+// The engine's file defines Number before this text.
+#pragma GCC optimize("fp-contract=fast")
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __AVX512F__
+constexpr int W = 16, MR = 12;  // numbers a vector; rows of C, whose sums take 24 of 32 registers, or 12 of 16
+constexpr int64_t DEPTH = 192;  // a strip takes 24 KiB of L1, or 16
+#else
+constexpr int W = 8, MR = 6;
+constexpr int64_t DEPTH = 256;
+#endif
+constexpr int NR = 2 * W;
+constexpr int64_t BLOCK = 72, WIDTH = 4096;  // rows of A in L2, columns of B in L3
+static_assert(BLOCK % MR == 0, "a thread's room holds whole panels");
+typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Order __attribute__((vector_size(32)));
+typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
+
+static inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+static inline void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
+static inline float wide(float x) { return x; }
+static inline float wide(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+static inline Eight eight(const float* p) { return *reinterpret_cast<const Eight*>(p); }
+static inline Eight eight(const uint16_t* p) {
+    return (Eight)(__builtin_convertvector(*reinterpret_cast<const EightHalves*>(p), Order) << 16);
+}
+static inline void narrow(Lanes x, float* p) { store(p, x); }
+static inline void narrow(Lanes x, uint16_t* p) {
+    Whole bits = (Whole)x;
+    Whole even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x == x ? even : Whole{} + 0x7fc0, Halves);
+}
+
+// Memory that a thread keeps from call to call, in whole cache lines.
+struct Room {
+    float* at = nullptr;
+    int64_t size = 0;
+    ~Room() { std::free(at); }
+    float* of(int64_t count) {
+        if (count > size) {
+            std::free(at);
+            size = (count + 15) / 16 * 16;
+            at = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+        }
+        return at;
+    }
+};
+
+// Eight rows of eight numbers, transposed.
+static inline void turn(const Number* x, int64_t stride, float* out, int64_t out_stride) {
+    Eight r[8], s[8];
+    for (int i = 0; i < 8; i++) r[i] = eight(x + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+        s[i] = __builtin_shuffle(r[i], r[i + 1], Order{0, 8, 1, 9, 4, 12, 5, 13});
+        s[i + 1] = __builtin_shuffle(r[i], r[i + 1], Order{2, 10, 3, 11, 6, 14, 7, 15});
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int h = 0; h < 2; h++) {
+            r[i + 2 * h] = __builtin_shuffle(s[i + h], s[i + h + 2], Order{0, 1, 8, 9, 4, 5, 12, 13});
+            r[i + 2 * h + 1] = __builtin_shuffle(s[i + h], s[i + h + 2], Order{2, 3, 10, 11, 6, 7, 14, 15});
+        }
+    for (int i = 0; i < 4; i++) {
+        Eight low = __builtin_shuffle(r[i], r[i + 4], Order{0, 1, 2, 3, 8, 9, 10, 11});
+        Eight high = __builtin_shuffle(r[i], r[i + 4], Order{4, 5, 6, 7, 12, 13, 14, 15});
+        *reinterpret_cast<Eight*>(out + i * out_stride) = low;
+        *reinterpret_cast<Eight*>(out + (i + 4) * out_stride) = high;
+    }
+}
+
+// `count` vectors of `depth` numbers, `across` apart, whose numbers lie `along` apart -> [count / SIDE, depth, SIDE],
+// zeros where the last has fewer than SIDE.
+template <int SIDE>
+static void pack(const Number* x, int64_t across, int64_t along, int64_t count, int64_t depth, float* out) {
+    int64_t whole = count / SIDE * SIDE;
+    if (across == 1) {
+        for (int64_t k = 0; k < depth; k += 4)  // a few rows at a time, read to their ends: columns lie in other pages
+            for (int64_t i = 0; i < whole; i += SIDE)
+                for (int64_t l = k; l < std::min(depth, k + 4); l++)
+                    for (int h = 0; h < SIDE; h++) out[i * depth + l * SIDE + h] = wide(x[l * along + i + h]);
+    } else
+        for (int64_t i = 0; i < whole; i += SIDE) {
+            int64_t k = 0;
+            if (SIDE % 8 == 0 && along == 1)
+                for (; k + 8 <= depth; k += 8)
+                    for (int h = 0; h < SIDE; h += 8)
+                        turn(x + (i + h) * across + k, across, out + i * depth + k * SIDE + h, SIDE);
+            for (; k < depth; k++)
+                for (int h = 0; h < SIDE; h++) out[i * depth + k * SIDE + h] = wide(x[(i + h) * across + k * along]);
+        }
+    if (whole < count)
+        for (int64_t k = 0; k < depth; k++)
+            for (int h = 0; h < SIDE; h++)
+                out[whole * depth + k * SIDE + h] = whole + h < count ? wide(x[(whole + h) * across + k * along]) : 0;
+}
+
+// Rows of C, at most MR, and columns, at most NR, from its element `at` on: sums += A · B, or sums = A · B; with `out`,
+// there instead. A's rows are `row` apart, and `step` from one number to the next.
+static inline __attribute__((always_inline)) void tile(
+    int64_t depth, const float* __restrict a, int64_t row, int64_t step, const float* __restrict b, float* sums,
+    Number* out, int64_t at, int64_t stride, int64_t rows, int64_t columns, bool add) {
+    Lanes s[MR][2];
+    sums += at;
+    for (int64_t r = 0; r < rows; r++) {  // what is written arrives while the product is computed
+        if (out) __builtin_prefetch(out + at + r * stride, 1), __builtin_prefetch(out + at + r * stride + columns - 1, 1);
+        if (add || !out) __builtin_prefetch(sums + r * stride, 1), __builtin_prefetch(sums + r * stride + columns - 1, 1);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; r++) s[r][0] = s[r][1] = Lanes{};
+    for (int64_t k = 0; k < depth; k++, a += step, b += NR) {
+        Lanes b0 = load(b), b1 = load(b + W);
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++) s[r][0] += a[r * row] * b0, s[r][1] += a[r * row] * b1;
+    }
+    if (rows == MR && columns == NR) {
+#pragma GCC unroll 16
+        for (int r = 0; r < MR; r++)
+            for (int h = 0; h < 2; h++) {
+                int64_t to = r * stride + h * W;
+                if (add) s[r][h] += load(sums + to);
+                if (out) narrow(s[r][h], out + at + to);
+                else store(sums + to, s[r][h]);
+            }
+        return;
+    }
+    float part[MR * NR];
+    Number narrowed[MR * NR];
+    for (int r = 0; r < MR; r++)
+        for (int h = 0; h < 2; h++) store(part + r * NR + h * W, s[r][h]);
+    if (add)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < columns; j++) part[r * NR + j] += sums[r * stride + j];
+    for (int i = 0; i < MR * NR; i += W) narrow(load(part + i), narrowed + i);
+    for (int64_t r = 0; r < rows; r++)
+        if (out) std::copy_n(narrowed + r * NR, columns, out + at + r * stride);
+        else std::copy_n(part + r * NR, columns, sums + r * stride);
+}
+
+static int64_t share(int64_t count, int64_t of, int64_t parts) { return count * of / parts; }
+
+// sums: fp32 [M, N], contiguous as out. With `gradient` they are the result, added to unless `replace`; else out is, and
+// they are where it is summed up: of fp32, out itself.
+extern "C" void kernel(const Number* a, const Number* b, Number* out, float* sums, int64_t m, int64_t n, int64_t k,
+                       int64_t a_row, int64_t a_step, int64_t b_step, int64_t b_column, int64_t gradient,
+                       int64_t replace) {
+    static thread_local Room strips;
+    const int64_t chunks = (k + DEPTH - 1) / DEPTH, most = std::min(DEPTH, ((k + chunks - 1) / chunks + 7) / 8 * 8);
+    const int64_t panels = (m + MR - 1) / MR;
+    float* packed = strips.of(most * ((std::min(n, WIDTH) + NR - 1) / NR * NR));
+    const bool direct = std::is_same_v<Number, float> && a_step == 1;  // rows of fp32 are read as they lie
+    constexpr bool narrowing = !std::is_same_v<Number, float>;
+#pragma omp parallel
+    {
+        static thread_local Room rows;
+        float* own = rows.of(BLOCK * most);
+        const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+        int64_t across = threads;  // threads that share C's rows; the others share its columns
+        while (across > 1 && (threads % across || panels / across < 8)) across--;
+        const int64_t down = threads / across;
+        const int64_t from = share(panels, me % across, across) * MR;
+        const int64_t to = std::min(share(panels, me % across + 1, across) * MR, m);
+        for (int64_t left = 0; left < n; left += WIDTH) {
+            const int64_t width = std::min(WIDTH, n - left), count = (width + NR - 1) / NR;
+            const int64_t first = share(count, me / across, down) * NR;
+            const int64_t last = std::min(share(count, me / across + 1, down) * NR, width);
+            for (int64_t top = 0; top < k; top += most) {
+                const int64_t depth = std::min(most, k - top);
+                const bool add = top || (gradient && !replace);
+                Number* narrowed = narrowing && !gradient && top + depth == k ? out : nullptr;
+#pragma omp barrier  // all have read what is packed anew
+                const int64_t mine = share(count, me, threads) * NR;
+                const int64_t others = std::min(share(count, me + 1, threads) * NR, width);
+                pack<NR>(b + top * b_step + (left + mine) * b_column, b_column, b_step, others - mine, depth,
+                         packed + mine * depth);
+#pragma omp barrier
+                for (int64_t i = from; i < to; i += BLOCK) {
+                    const int64_t high = std::min(BLOCK, to - i), ready = direct ? high / MR * MR : 0;
+                    const Number* block = a + i * a_row + top * a_step;
+                    if (ready < high)
+                        pack<MR>(block + ready * a_row, a_row, a_step, high - ready, depth, own + ready * depth);
+                    for (int64_t j = first; j < last; j += NR) {
+                        const int64_t columns = std::min<int64_t>(NR, last - j), at = i * n + left + j;
+                        const float* strip = packed + j * depth;
+                        for (int64_t r = 0; r < ready; r += MR)
+                            tile(depth, reinterpret_cast<const float*>(block) + r * a_row, a_row, 1, strip, sums,
+                                 narrowed, at + r * n, n, MR, columns, add);
+                        for (int64_t r = ready; r < high; r += MR)
+                            tile(depth, own + r * depth, 1, MR, strip, sums, narrowed, at + r * n, n,
+                                 std::min<int64_t>(MR, high - r), columns, add);
+                    }
+                }
+            }
+        }
+    }
 }
 """
 
@@ -709,6 +944,7 @@ class Engine:
     def __init__(self, recipe: Mapping[str, Any], device: str, dtype: torch.dtype, group: Any) -> None:
         self.recipe, self.device, self.dtype, self.group = recipe, device, dtype, group
         self.attention = compiled_attention(ATTENTION_SOURCE, GROUPS, HEADS_PER_GROUP, HEAD_DIM, ATTENTION_SCALE, dtype)
+        self.products = compiled_products(PRODUCTS_SOURCE, dtype)
         self.weight, self.grad = Flat(device, dtype), Flat(device, torch.float32)
         self.bounds = part_bounds(1 if group is None else dist.get_world_size(group))
         rank = 0 if group is None else dist.get_rank(group)
@@ -745,18 +981,18 @@ class Engine:
         """From the normed input to the residual stream after the layer and the norm that follows it."""
         w, (n, s) = self.weight, micro.tokens.shape
         attn, mlp = layer + "self_attn.", layer + "mlp."
-        qkv = product_onednn(h, w[attn + "qkv_proj.weight"])
+        qkv = product_native(self.products, h, w[attn + "qkv_proj.weight"])
         rows = qkv
         context, log_sum = attention_native_forward(
             self.attention, rows, micro.cos, micro.sin, micro.first, s, GROUPS * HEADS_PER_GROUP
         )
-        branch = product_onednn(context, w[attn + "o_proj.weight"])
+        branch = product_native(self.products, context, w[attn + "o_proj.weight"])
         middle, normed2, inverse2 = residual_norm_region(
             x, branch, w[layer + "post_attention_layernorm.weight"], EPS, RESIDUAL_SCALE
         )
-        gate_up = product_onednn(normed2, w[mlp + "gate_up_proj.weight"])
+        gate_up = product_native(self.products, normed2, w[mlp + "gate_up_proj.weight"])
         activated = swiglu_region(gate_up)
-        branch = product_onednn(activated, w[mlp + "down_proj.weight"])
+        branch = product_native(self.products, activated, w[mlp + "down_proj.weight"])
         after, normed, following_inverse = residual_norm_region(middle, branch, following, EPS, RESIDUAL_SCALE)
         kept = Kept(x, h, inverse, rows, log_sum, context, middle, normed2, inverse2, gate_up, activated)
         return after, normed, following_inverse, kept
@@ -774,10 +1010,10 @@ class Engine:
         d_nll, d_h, nll = micro.mask / denominator, torch.empty_like(h), torch.empty_like(micro.mask)
         for start in range(0, h.shape[0], HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
-            logits = product_onednn(h[part], weight)
+            logits = product_native(self.products, h[part], weight)
             nll[part] = entropy_region(logits, micro.labels[part], d_nll[part])  # logits: their gradient from here
             if train:
-                d_h[part] = product_onednn(logits, weight.t())
+                d_h[part] = product_native(self.products, logits, weight.t())
                 self.add_product("lm_head.weight", logits, h[part], replace=self.first and start == 0)
         return (nll * micro.mask).sum() / denominator, d_h
 
@@ -786,7 +1022,7 @@ class Engine:
     def add_product(self, name: str, d_out: Tensor, x: Tensor, replace: bool | None = None) -> None:
         """grad ← d_outᵀ x, or grad ← grad + d_outᵀ x after the first micro-batch."""
         replace = self.first if replace is None else replace
-        weight_gradient_onednn(self.grad[name], d_out, x, replace)
+        weight_gradient_native(self.products, self.grad[name], d_out, x, replace)
 
     def add(self, name: str, d_weight: Tensor) -> None:
         if self.first:
@@ -818,20 +1054,22 @@ class Engine:
         attn, mlp = layer + "self_attn.", layer + "mlp."
         d_branch = dx
         self.add_product(mlp + "down_proj.weight", d_branch, kept.activated)
-        d_gate_up = swiglu_backward_region(kept.gate_up, product_onednn(d_branch, w[mlp + "down_proj.weight"].t()))
+        d_gate_up = swiglu_backward_region(
+            kept.gate_up, product_native(self.products, d_branch, w[mlp + "down_proj.weight"].t())
+        )
         self.add_product(mlp + "gate_up_proj.weight", d_gate_up, kept.normed2)
-        d_normed = product_onednn(d_gate_up, w[mlp + "gate_up_proj.weight"].t())
+        d_normed = product_native(self.products, d_gate_up, w[mlp + "gate_up_proj.weight"].t())
         name = layer + "post_attention_layernorm.weight"
         dx, d_weight = norm_backward_region(kept.middle, kept.inverse2, w[name], d_normed, dx)
         self.add(name, d_weight)
         d_branch = dx
         self.add_product(attn + "o_proj.weight", d_branch, kept.context)
-        d_context = product_onednn(d_branch, w[attn + "o_proj.weight"].t())
+        d_context = product_native(self.products, d_branch, w[attn + "o_proj.weight"].t())
         d_qkv = attention_native_backward(
             self.attention, kept.rows, micro.cos, micro.sin, micro.first, kept.context, kept.log_sum, d_context, s
         )
         self.add_product(attn + "qkv_proj.weight", d_qkv, kept.normed1)
-        d_normed = product_onednn(d_qkv, w[attn + "qkv_proj.weight"].t())
+        d_normed = product_native(self.products, d_qkv, w[attn + "qkv_proj.weight"].t())
         name = layer + "input_layernorm.weight"
         dx, d_weight = norm_backward_region(kept.x, kept.inverse1, w[name], d_normed, dx)
         self.add(name, d_weight)
