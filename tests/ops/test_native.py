@@ -1,13 +1,11 @@
 """The C++ kernel of products against float64: operands that lie either way, sizes that no tile divides, both dtypes."""
 
-import importlib.resources
-
 import pytest
 import torch
 
-from forgetrain.ops.native import compiled_products, product_native, weight_gradient_native
+from forgetrain.ops.native import compiled_products, kernel_source, product_native, weight_gradient_native
 
-SOURCE = importlib.resources.files("forgetrain.ops.cpu").joinpath("products.cpp").read_text("utf-8")
+SOURCE = kernel_source("products")
 #: Rows, columns and what is summed over: less than a tile, than a block, than one depth; and more than each of them.
 SIZES = [(1, 1, 1), (5, 33, 9), (48, 64, 256), (150, 97, 300), (601, 40, 517), (30, 4200, 40)]
 
@@ -20,12 +18,9 @@ def dtype(request):
 @pytest.fixture(scope="module")
 def kernel(dtype):
     """Of bf16 as a processor without bf16 instructions has it."""
-    found = torch.cpu._is_avx512_bf16_supported
-    torch.cpu._is_avx512_bf16_supported = lambda: False
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
         return compiled_products(SOURCE, dtype)
-    finally:
-        torch.cpu._is_avx512_bf16_supported = found
 
 
 def random(rows: int, columns: int, dtype: torch.dtype, lies: str) -> torch.Tensor:

@@ -135,7 +135,7 @@ def as_plain(judgement: Judgement) -> dict[str, Any]:
         "sandboxed": judgement.sandboxed,
         "seconds": judgement.seconds,
         "speed": judgement.speed,
-        "verdicts": [verdict.as_dict() for verdict in judgement.verdicts],
+        "verdicts": judgement.told(),
     }
 
 

@@ -58,6 +58,8 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "attention_block": (("32", "16", "64", "128"), "query positions whose scores exist at a time; for blocked"),
     "head_rows": (("512", "256", "1024", "2048"), "tokens whose logits exist at a time"),
 }
+#: What takes the place of the C++ kernels, which are for CPUs alone.
+WITHOUT_NATIVE = {"attention_kernel": "blocked", "products": "torch"}
 #: What the production and hopper schedules decide for a run on several ranks; on one all choices give the same bits.
 #: Sharded comes first for the memory that it was measured to save (docs/scale.md has its time too).
 SCALE: dict[str, tuple[tuple[str, ...], str]] = {

@@ -24,7 +24,7 @@ from typing import Any
 import jinja2
 import ruff
 
-from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE, Plan
+from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE, WITHOUT_NATIVE, Plan
 from forgetrain.errors import UserError
 from forgetrain.ops import blocked, context, fp8, native, products, regions, rope
 from forgetrain.ops.table import OPS
@@ -85,9 +85,11 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         return write_fsdp(target, plan, facts)
     model = target.model
     production = plan["schedule"] == "production"
-    for key, other in (("attention_kernel", "blocked"), ("products", "torch")):
-        if production and plan[key] == "native" and target.hardware.device != "cpu":
-            raise UserError("that kernel is for CPUs", key=key, value="native", remedy=f'choose {key} = "{other}"')
+    if production and target.hardware.device != "cpu":
+        for key, other in WITHOUT_NATIVE.items():
+            if plan[key] == "native":
+                remedy = f'choose {key} = "{other}"'
+                raise UserError("that kernel is for CPUs", key=key, value="native", remedy=remedy)
     used = _PRODUCTION_OPS if production else tuple(OPS)
     if not model.qk_norm:
         used = tuple(key for key in used if key != "qk_norm")
@@ -122,7 +124,7 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
         [(key, name) for key, name in plan.items() if key in decided],
         muon=muon,
         sources=_sources(functions, compiled),
-        kernels={name: _kernel_source(name) for name in ("attention", "products")},
+        kernel_source=native.kernel_source,
         tensor=target.parallel.tensor,
         context=target.parallel.context,
         sharded=plan["optimizer_state"] == "sharded" and not muon,
@@ -289,10 +291,6 @@ def write_fsdp(target: Target, plan: Plan, facts: Iterable[str]) -> str:
         )
     sources = _sources([rope.rope_tables_textbook_forward, rope.rope_textbook_forward], [])
     return _rendered("fsdp.py.j2", target, plan, facts, plan.items(), sources=sources)
-
-
-def _kernel_source(name: str) -> str:
-    return importlib.resources.files("forgetrain.ops.cpu").joinpath(f"{name}.cpp").read_text("utf-8")
 
 
 def _module_source(name: str) -> str:

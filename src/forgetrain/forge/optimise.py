@@ -266,7 +266,8 @@ class Loop:
         self._attempt_began = id, began
         if due is not None:
             self.say(f"{due}: it is judged again, against the aligned engine")
-            self._verify_champion(f"verification-{id}")
+            if (passed := self._verify_champion(f"verification-{id}")) is not None:
+                self._write(passed.speed, passed.told())  # before the attempt, lest a kill lose it
         return id, began
 
     def _due(self) -> str | None:
@@ -470,7 +471,6 @@ class Loop:
                 gain = self.champion().gain
                 self.say(f"the champion passed every gate again; {gain:.3f} times the aligned engine")
                 self._verified_champions[champion.digest] = judgement
-                self._write(judgement.speed, judgement.told())  # at once, lest a kill lose it
                 return judgement
             self._verified_champions.pop(champion.digest, None)
             self._depose(champion.digest, judging, failed)

@@ -26,7 +26,7 @@ from forgetrain.numerics.init import initial_weights
 from forgetrain.spec.hardware import hardware_of
 from forgetrain.spec.op_costs import op_costs
 from forgetrain.spec.target import Target
-from forgetrain.train.metrics import measured_gemm_rate
+from forgetrain.train.metrics import least_time, measured_gemm_rate
 
 OTHER = "other"
 WARM_UP, CLOCKED, PROFILED = 2, 3, 2
@@ -172,9 +172,4 @@ def _rates(target: Target) -> tuple[float, float]:
 def _copy_rate(size: int = 2**24, seconds: float = 0.2) -> float:
     """Bytes/s, read and written, of a copy that no cache holds: the best of those in ``seconds``."""
     source, copy = torch.ones(size), torch.empty(size)
-    best, until = float("inf"), time.monotonic() + seconds
-    while best == float("inf") or time.monotonic() < until:
-        began = time.perf_counter()
-        copy.copy_(source)
-        best = min(best, time.perf_counter() - began)
-    return 8 * size / best
+    return 8 * size / least_time(lambda: copy.copy_(source), seconds)

@@ -91,7 +91,7 @@ class Judgement:
         return next((verdict for verdict in self.verdicts if not verdict.passed), None)
 
     def told(self) -> list[dict[str, Any]]:
-        """The verdicts as provenance has them."""
+        """The verdicts as plain values, as JSON and provenance have them."""
         return [verdict.as_dict() for verdict in self.verdicts]
 
 

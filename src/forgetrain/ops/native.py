@@ -6,26 +6,42 @@ do not need. Shapes as in ``forgetrain.ops.regions``; T is N · S.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.resources
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+
+from forgetrain.ops.products import product_torch, weight_gradient_torch
+
+
+def kernel_source(name: str) -> str:
+    """``ops/cpu/<name>.cpp`` with what it includes of that folder, for it stands alone in the engine's file."""
+    folder = importlib.resources.files("forgetrain.ops.cpu")
+    vectors = folder.joinpath("vectors.h").read_text("utf-8")
+    return folder.joinpath(f"{name}.cpp").read_text("utf-8").replace('#include "vectors.h"\n', vectors)
+
+
+def compiled_kernel(source: str, dtype: torch.dtype, arguments: Iterable[str], definitions: str = "") -> Callable:
+    """The function ``kernel`` of a C++ text in which Number is this dtype; ``arguments``: their types."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache  # takes a second, so not before it is needed
+
+    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
+    head = f"#include <cstdint>\ntypedef {number} Number;\n{definitions}"
+    types = [argument.replace("Number", number) for argument in arguments]
+    return CppPythonBindingsCodeCache.load_pybinding(types, head + source)
 
 
 def compiled_attention(
     source: str, groups: int, heads_per_group: int, head_dim: int, scale: float, dtype: torch.dtype
 ) -> Callable:
     """The kernel for these sizes, built on the first call in an environment: two seconds."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache  # takes a second, so not before it is needed
-
-    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
     pairs = int(dtype == torch.bfloat16 and head_dim % 16 == 0 and heads_per_group % 2 == 0)
     sizes = f"constexpr int G = {groups}, R = {heads_per_group}, K = {head_dim};\nconstexpr float SCALE = {scale!r};"
-    head = f"#include <cstdint>\n#define PAIRS {pairs}\n{sizes}\ntypedef {number} Number;\n"
-    given = [f"const {number}*", "const float*", "const float*", "const int64_t*"]
-    forward, backward = [f"{number}*", "float*"], [f"const {number}*", f"{number}*"]
+    given = ["const Number*", "const float*", "const float*", "const int64_t*"]
+    forward, backward = ["Number*", "float*"], ["const Number*", "Number*"]
     arguments = [*given, *forward, *backward, "int64_t", "int64_t", "int64_t"]
-    return CppPythonBindingsCodeCache.load_pybinding(arguments, head + source)
+    return compiled_kernel(source, dtype, arguments, f"#define PAIRS {pairs}\n{sizes}\n")
 
 
 def attention_native_forward(
@@ -52,21 +68,15 @@ def attention_native_backward(
 def compiled_products(source: str, dtype: torch.dtype) -> Callable | None:
     """The kernel of products, built on the first call in an environment. None for bf16 where the processor multiplies
     it, which oneDNN makes use of, in torch.mm."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
-
     if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         return None
-    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
-    arguments = [f"const {number}*", f"const {number}*", f"{number}*", "float*", *["int64_t"] * 9]
-    return CppPythonBindingsCodeCache.load_pybinding(
-        arguments, f"#include <cstdint>\ntypedef {number} Number;\n{source}"
-    )
+    return compiled_kernel(source, dtype, ["const Number*", "const Number*", "Number*", "float*", *["int64_t"] * 9])
 
 
 def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
     """a_MK · b_NKᵀ -> [M, N] in their dtype; both may be transposed views or parts of a matrix."""
     if kernel is None:
-        return torch.mm(a, b.t())
+        return product_torch(a, b)
     if a.dtype != b.dtype or a.shape[1] != b.shape[1]:
         raise ValueError(f"no product of {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
     (m, k), n = a.shape, b.shape[0]
@@ -78,16 +88,11 @@ def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
 
 def weight_gradient_native(kernel: Callable | None, grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
     """d_out_TOᵀ · x_TI into grad_OI, fp32 and contiguous: in place of what is there, or added to it."""
-    if kernel is not None:
-        if (
-            (d_out.dtype, d_out.shape[0]) != (x.dtype, x.shape[0])
-            or grad.dtype != torch.float32
-            or not grad.is_contiguous()
-        ):
-            raise ValueError(f"no gradient of {d_out.dtype} {tuple(d_out.shape)} and {x.dtype} {tuple(x.shape)}")
-        (k, m), n = d_out.shape, x.shape[1]
-        kernel(d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
-    elif replace:
-        grad.copy_(torch.mm(d_out.t(), x))
-    else:
-        grad.add_(torch.mm(d_out.t(), x))
+    if kernel is None:
+        return weight_gradient_torch(grad, d_out, x, replace)
+    alike = (d_out.dtype, d_out.shape[0]) == (x.dtype, x.shape[0])
+    if not alike or grad.dtype != torch.float32 or not grad.is_contiguous():
+        raise ValueError(f"no gradient of {d_out.dtype} {tuple(d_out.shape)} and {x.dtype} {tuple(x.shape)}")
+    (k, m), n = d_out.shape, x.shape[1]
+    kernel(d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
+    return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -153,9 +153,14 @@ def measured_gemm_rate(dtype: torch.dtype, size: int = 1024, seconds: float = 0.
 def _gemm_rate(dtype: torch.dtype, size: int, seconds: float) -> float:
     a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
     torch.mm(a, b)
+    return 2 * size**3 / least_time(lambda: torch.mm(a, b), seconds)
+
+
+def least_time(run: Callable[[], Any], seconds: float) -> float:
+    """Seconds of the fastest of the runs that begin within ``seconds``, of which there is one at least."""
     best, until = float("inf"), time.monotonic() + seconds
     while best == float("inf") or time.monotonic() < until:
         began = time.perf_counter()
-        torch.mm(a, b)
+        run()
         best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return best

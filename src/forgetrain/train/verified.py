@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from forgetrain.durable import read_json, sha256_file
 from forgetrain.engine.contract import Engine
-from forgetrain.engine.plan import Plan
+from forgetrain.engine.plan import WITHOUT_NATIVE, Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import make_deterministic
@@ -123,13 +123,10 @@ def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: 
         path.parent.mkdir(parents=True, exist_ok=True)
         name, plan = "textbook", Plan.textbook()
         if target.parallel.sharing > 1:
-            cpu = target.hardware.device == "cpu"
-            kernels = {
-                "attention_kernel": "native" if cpu and target.parallel.context == 1 else "blocked",
-                "products": "native" if cpu else "torch",
-            }
-            name = "production"
-            plan = Plan({"schedule": "production", "rope_tables": "fp32", **kernels})
+            kernels = {} if target.hardware.device == "cpu" else WITHOUT_NATIVE
+            name, plan = "production", Plan({"schedule": "production", "rope_tables": "fp32", **kernels})
+            if target.parallel.context > 1:
+                plan = plan.with_choice("attention_kernel", "blocked")
         path.write_text(write_engine(target, plan), encoding="utf-8")
         return ChosenEngine(str(path), sha256_file(path), f"{name} plan, not aligned with a reference", False)
     path = aligned if engine is None else Path(engine)

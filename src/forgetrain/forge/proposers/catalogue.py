@@ -16,14 +16,12 @@ import warnings
 
 import optuna
 
-from forgetrain.engine.plan import HOPPER, SCHEDULE, SIZED, Plan
+from forgetrain.engine.plan import HOPPER, SCHEDULE, SIZED, WITHOUT_NATIVE, Plan
 from forgetrain.engine.write import require_schedule, source_hash, write_engine
 from forgetrain.errors import UserError
 from forgetrain.forge.proposers.base import Brief, NoProposal, Proposal
 from forgetrain.spec.target import Target
 
-#: What a target that does not run on a CPU leaves out of the search, and takes instead.
-_ON_A_GPU = {"products": "torch", "attention_kernel": "blocked"}
 _HOPPER_GPUS = ("h100", "h200")
 #: Choices that need a package, and what it is imported as.
 _PACKAGES = {"flash4": "flash_attn", "quack": "quack"}
@@ -134,7 +132,7 @@ def _search_space(target: Target, start: Plan) -> tuple[Plan, dict[str, tuple[st
     start = start.with_choice("schedule", "production").with_choice("rope_tables", "fp32")
     options = {key: names for key, (names, _) in SCHEDULE.items() if key != "schedule"}
     if target.hardware.device != "cpu":
-        for key, name in _ON_A_GPU.items():
+        for key, name in WITHOUT_NATIVE.items():
             options[key], start = (name,), start.with_choice(key, name)
     return start, options
 

@@ -29,21 +29,11 @@ constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed ap
 // Sums of RS rows and CS vectors of each stay in registers, beside what is multiplied: in 24 of 32, or in 8 of 16.
 constexpr int part(int count, int most) { return most >= count ? count : count % most ? part(count, most - 1) : most; }
 constexpr int SUMS = W == 16 ? 24 : 8, RS = part(R, SUMS / 2), CS = part(C, SUMS / RS);
-typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+#include "vectors.h"
 
-static inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
-static inline void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
 static inline Lanes wide(const float* p) { return load(p); }
 static inline Lanes wide(const uint16_t* p) {
     return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Whole) << 16);
-}
-static inline void narrow(Lanes x, float* p) { store(p, x); }
-static inline void narrow(Lanes x, uint16_t* p) {
-    Whole bits = (Whole)x;
-    Whole even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x == x ? even : Whole{} + 0x7fc0, Halves);
 }
 
 // exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2.

@@ -26,15 +26,11 @@ constexpr int64_t DEPTH = 256;
 constexpr int NR = 2 * W;
 constexpr int64_t BLOCK = 72, WIDTH = 4096;  // rows of A in L2, columns of B in L3
 static_assert(BLOCK % MR == 0, "a thread's room holds whole panels");
-typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+#include "vectors.h"
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Order __attribute__((vector_size(32)));
 typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
 
-static inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
-static inline void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
 static inline float wide(float x) { return x; }
 static inline float wide(uint16_t x) {
     uint32_t bits = uint32_t(x) << 16;
@@ -45,12 +41,6 @@ static inline float wide(uint16_t x) {
 static inline Eight eight(const float* p) { return *reinterpret_cast<const Eight*>(p); }
 static inline Eight eight(const uint16_t* p) {
     return (Eight)(__builtin_convertvector(*reinterpret_cast<const EightHalves*>(p), Order) << 16);
-}
-static inline void narrow(Lanes x, float* p) { store(p, x); }
-static inline void narrow(Lanes x, uint16_t* p) {
-    Whole bits = (Whole)x;
-    Whole even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x == x ? even : Whole{} + 0x7fc0, Halves);
 }
 
 // Memory that a thread keeps from call to call, in whole cache lines.
@@ -166,7 +156,8 @@ extern "C" void kernel(const Number* a, const Number* b, Number* out, float* sum
                        int64_t replace) {
     static thread_local Room strips;
     if (k == 0) {
-        if (!gradient || replace) std::fill_n(sums, m * n, 0.0f), std::fill_n(out, gradient ? 0 : m * n, Number{});
+        if (!gradient) std::fill_n(out, m * n, Number{});
+        else if (replace) std::fill_n(sums, m * n, 0.0f);
         return;
     }
     const int64_t chunks = (k + DEPTH - 1) / DEPTH, most = ((k + chunks - 1) / chunks + 7) / 8 * 8;  // at most DEPTH
