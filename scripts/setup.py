@@ -31,20 +31,15 @@ def works(*command: str) -> bool:
         return False
 
 
-def compiler() -> str | None:
-    return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
-
-
 def preflight() -> bool:
     """Prints a line for each thing that must be on the machine; false when it cannot go on without one."""
     version = ".".join(map(str, sys.version_info[:3]))
     venv = importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")
-    cxx = compiler()
     sandbox = works("bwrap", "--ro-bind", "/", "/", "--unshare-all", "true")
     rows = [
         ("python", sys.version_info >= (3, 11), version, f"is {version}; 3.11 or newer is needed: apt install python3"),
         ("python3-venv", bool(venv), "found", "is missing and needed: apt install python3-venv"),
-        ("C++ compiler", cxx is not None, cxx, "is missing; compiled regions stay out: apt install g++"),
+        ("GCC", shutil.which("g++") is not None, "found", "is missing; fast engines stay out: apt install g++"),
         ("bubblewrap", sandbox, "works", _bubblewrap()),
     ]
     for name, good, found, wrong in rows:

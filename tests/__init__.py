@@ -1,3 +1,8 @@
+"""Here, since this is imported before any test imports torch."""
+
+import os
+
 from forgetrain.numerics.runtime import prepare_process
 
-prepare_process()  # here, since this is imported before any test imports torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two workers share the cores: what one waits, the other needs
+prepare_process()

@@ -10,6 +10,7 @@ proved is in ``runs/<target>/run.json``.
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -267,8 +268,8 @@ class _Job:
     def forge(self, progress: Progress) -> None:
         """The elected engine that ships is judged on this machine; what time is left goes into a search from there."""
         progress.own_display()
-        if shutil.which("c++") is None:
-            self.watcher.say("no C++ compiler, which fast engines need: the aligned engine trains; apt install g++")
+        if shutil.which(os.environ.get("CXX", "g++")) is None:
+            self.watcher.say("no GCC, which fast engines need: the aligned engine trains; apt install g++")
             return
         aligned, shipped = self.folder / "engine" / "engine.py", _shipped(self.target)
         options: dict[str, Any] = {"gates": QUICK_GATES, "effort": QUICK_EFFORT}

@@ -89,7 +89,7 @@ def test_the_whole_way_with_megatron(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the fast engine's regions")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no GCC for the fast engine's kernels")
 def test_the_whole_way_with_a_faster_engine(tmp_path):
     _, outcome = whole_way(tmp_path, "transformers", search=1)
     claims = {proof["what"]: proof["evidence"] for proof in outcome["proofs"]}

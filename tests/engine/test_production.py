@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from forgetrain.engine.plan import Plan
+from forgetrain.engine.plan import WITHOUT_NATIVE, Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.init import initial_weights
@@ -62,7 +62,8 @@ def test_gradients_are_the_explicit_schedules(architecture, documents, tmp_path)
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(
-    ("key", "name"), [("products", "onednn"), ("products", "torch"), ("attention_kernel", "blocked")]
+    ("key", "name"),
+    [("products", "onednn"), ("products", "torch"), ("attention_kernel", "blocked"), ("regions", "compiled")],
 )
 @pytest.mark.parametrize("documents", ["ignore", "mask"])
 def test_what_torch_has_itself(documents, key, name, tmp_path):
@@ -85,7 +86,7 @@ def test_the_native_kernel_of_other_sizes(heads, groups, size, documents, tmp_pa
 def test_native_kernels_are_for_cpus():
     target = tiny_target(hardware={"name": "h200"})
     plan = PRODUCTION
-    for key, other in (("attention_kernel", "blocked"), ("products", "torch")):
+    for key, other in WITHOUT_NATIVE.items():
         with pytest.raises(UserError, match=f'^{key}: .*Choose {key} = "{other}"'):
             write_engine(target, plan)
         plan = plan.with_choice(key, other)

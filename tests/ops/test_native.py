@@ -1,9 +1,18 @@
 """The C++ kernel of products against float64: operands that lie either way, sizes that no tile divides, both dtypes."""
 
+import os
+
 import pytest
 import torch
 
-from forgetrain.ops.native import compiled_products, kernel_source, product_native, weight_gradient_native
+from forgetrain.ops.native import (
+    compiled,
+    compiled_products,
+    kernel_source,
+    product_native,
+    run_kernel,
+    weight_gradient_native,
+)
 
 SOURCE = kernel_source("products")
 #: Rows, columns and what is summed over: less than a tile, than a block, than one depth; and more than each of them.
@@ -113,3 +122,28 @@ def test_bf16_is_left_to_processors_that_multiply_it(monkeypatch):
     grad = torch.ones(6, 6)
     weight_gradient_native(None, grad, d_out, a, replace=False)
     assert torch.equal(grad, 1 + torch.mm(d_out.t(), a).float())
+
+
+def test_a_kernel_is_built_once_and_for_each_text(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    text = 'extern "C" void kernel(float* x) { *x += %d; }'
+    for _ in range(2):
+        for added in (1, 2):
+            number = torch.zeros(1)
+            run_kernel(compiled(text % added, torch.float32).kernel, number)
+            assert float(number) == added
+    assert len(list(tmp_path.glob("*.so"))) == 2
+    with pytest.raises(RuntimeError, match=r"does not build a kernel: .*error"):
+        compiled("no C++", torch.float32)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".so", ".so"]
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "another"])
+def test_another_compiler_is_refused(monkeypatch, tmp_path, compiler):
+    other = tmp_path / "another"
+    other.write_text("#!/bin/sh\necho clang version 19\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(RuntimeError, match="built by GCC, which is not here: install g"):
+        compiled(SOURCE, torch.float32)

@@ -197,10 +197,9 @@ def test_a_sharded_state_is_saved_by_all_ranks_and_read_by_one(tmp_path):
 
 
 def write_engine_file(target, path, tensor=1, **choices):
-    """A production engine whose regions stay uncompiled, since compiling them takes seconds each."""
     plan = Plan({"schedule": "production", "rope_tables": "fp32", **choices})
     target = load_target(target, [f"parallel.tensor={tensor}"])
-    path.write_text(write_engine(target, plan).replace("@torch.compile(dynamic=False)\n", ""))
+    path.write_text(write_engine(target, plan))
     return path
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from forgetrain.engine import serve
 from forgetrain.engine.forkserver import Child, ForkServer, exit_code
 from forgetrain.numerics.determinism import CUDA_ENVIRONMENT
-from forgetrain.numerics.runtime import RUNTIME
+from forgetrain.numerics.runtime import runtime
 
 SERVE = Path(serve.__file__)
 #: -P: no folder of the script on the path; -B: no bytecode beside anybody's file; -u: last words are not lost
@@ -90,12 +90,12 @@ def _fork_server(module: str, origin: int, environment: Mapping[str, str]) -> Fo
 def strangers_environment(device: str) -> dict[str, str]:
     """The environment of a process that runs a stranger's engine."""
     known = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    return {**RUNTIME, **known, **_of_device(device)}
+    return {**runtime(), **known, **_of_device(device)}
 
 
 def _own_environment(device: str) -> dict[str, str]:
     """The environment of a process that runs an engine of this project's: what the user has set holds."""
-    return {**RUNTIME, **os.environ, **_of_device(device)}
+    return {**runtime(), **os.environ, **_of_device(device)}
 
 
 def _of_device(device: str) -> dict[str, str]:

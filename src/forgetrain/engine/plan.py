@@ -51,6 +51,11 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
         "products of two matrices by a C++ kernel, for CPUs alone, but in bf16 where the processor multiplies that; or "
         "in fp32 by oneDNN; or by whatever torch.mm takes: MKL for fp32 on x86, oneDNN for bf16",
     ),
+    "regions": (
+        ("native", "compiled"),
+        "what is not a product: by a C++ kernel, for CPUs alone; or by torch's compiler, in a loop or kernel each. It "
+        "makes RoPE beside blocked attention in either case",
+    ),
     "attention_kernel": (
         ("native", "blocked"),
         "a C++ kernel that keeps scores in the caches, for CPUs alone; or torch's products, block by block",
@@ -59,7 +64,7 @@ SCHEDULE: dict[str, tuple[tuple[str, ...], str]] = {
     "head_rows": (("512", "256", "1024", "2048"), "tokens whose logits exist at a time"),
 }
 #: What takes the place of the C++ kernels, which are for CPUs alone.
-WITHOUT_NATIVE = {"attention_kernel": "blocked", "products": "torch"}
+WITHOUT_NATIVE = {"attention_kernel": "blocked", "products": "torch", "regions": "compiled"}
 #: What the production and hopper schedules decide for a run on several ranks; on one all choices give the same bits.
 #: Sharded comes first for the memory that it was measured to save (docs/scale.md has its time too).
 SCALE: dict[str, tuple[tuple[str, ...], str]] = {

@@ -26,7 +26,7 @@ import ruff
 
 from forgetrain.engine.plan import SCALE, SCHEDULE, STRUCTURE, WITHOUT_NATIVE, Plan
 from forgetrain.errors import UserError
-from forgetrain.ops import blocked, context, fp8, native, products, regions, rope
+from forgetrain.ops import blocked, context, fp8, native, native_regions, products, regions, rope
 from forgetrain.ops.table import OPS
 from forgetrain.spec.stages import stages_of
 from forgetrain.spec.target import Target
@@ -107,10 +107,15 @@ def write_engine(target: Target, plan: Plan, facts: Iterable[str] = ()) -> str:
     muon = target.recipe.optimizer == "muon"  # whose states are replicated: it needs whole matrices
     compiled = []
     if production:
-        compiled = [
+        needed = [
             f for f in vars(regions).values() if inspect.isfunction(f) and _needs_region(f.__name__, target, plan)
         ]
-        functions += [*compiled, blocked.norm_blocked]
+        by_kernel = vars(native_regions) if plan["regions"] == "native" else {}
+        taken = [by_kernel.get(f.__name__.replace("_region", "_native"), f) for f in needed]
+        compiled = [f for f in taken if f in needed]
+        functions += [*taken, blocked.norm_blocked]
+        if by_kernel:
+            functions.append(native.compiled)
         functions += _CONTEXT_ATTENTION if target.parallel.context > 1 else _ATTENTION[plan["attention_kernel"]]
         functions += _PRODUCTS[plan["products"]]
     decided = [*used, *((*SCHEDULE, *(() if muon else SCALE)) if production else STRUCTURE)]

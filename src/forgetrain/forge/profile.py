@@ -41,6 +41,7 @@ _WORDS = (
     ("swiglu", "swiglu"),
     ("silu", "swiglu"),
     ("entropy", "cross_entropy"),
+    ("vocabulary", "cross_entropy"),
     ("embed", "embedding"),
     ("adam", "adamw"),
     ("clip", "clip"),

@@ -34,7 +34,7 @@ import forgetrain
 from forgetrain.engine.launch import SERVE, strangers_environment
 from forgetrain.errors import UserError
 from forgetrain.judge.scratch import Scratch, folder_in, keep_newest, remove
-from forgetrain.numerics.runtime import RUNTIME
+from forgetrain.numerics.runtime import runtime
 from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.target import Target
 
@@ -320,7 +320,7 @@ def _arguments(device: str, project: bool) -> tuple[str, ...]:
         "USER": "forge",  # torch.compile names its cache after the user, who has no entry in a password file here
         "PATH": "/usr/local/cuda/bin:/usr/local/bin:/usr/bin:/bin",
         "PYTHONPATH": ":".join(map(str, (_SITE, *(_GPU_PATHS if gpu else ())))),
-        **RUNTIME,
+        **runtime(),
     }
     for name, value in environment.items():
         arguments += ["--setenv", name, value]

@@ -22,25 +22,32 @@ import ctypes
 import os
 
 _LARGEST = 2**31 - 1  # bytes; what mallopt's int can say
-#: For the environment of a process that will import torch, whose Linux builds use GNU's OpenMP and glibc's malloc.
-RUNTIME = {
+#: torch's Linux builds use GNU's OpenMP and glibc's malloc.
+_RUNTIME = {
     "GOMP_SPINCOUNT": "20000",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(_LARGEST),
     "TORCHINDUCTOR_VEC_ISA_OK": "1",
 }
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a user who sets one has decided how threads wait
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def runtime() -> dict[str, str]:
+    """For the environment of a process that will import torch: threads wait as this one's user decided."""
+    waiting = {name: os.environ[name] for name in _WAITING if name in os.environ}
+    return {name: value for name, value in _RUNTIME.items() if not waiting or name not in _WAITING} | waiting
 
 
 def prepare_process() -> None:
     """The same for this process, unless its user decided otherwise. Waiting is without effect once torch was
     imported."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", RUNTIME["GOMP_SPINCOUNT"])
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", RUNTIME["TORCHINDUCTOR_VEC_ISA_OK"])
+    if not any(name in os.environ for name in _WAITING):
+        os.environ["GOMP_SPINCOUNT"] = _RUNTIME["GOMP_SPINCOUNT"]
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", _RUNTIME["TORCHINDUCTOR_VEC_ISA_OK"])
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, int(RUNTIME["MALLOC_MMAP_THRESHOLD_"]))
-        mallopt(_M_TRIM_THRESHOLD, int(RUNTIME["MALLOC_TRIM_THRESHOLD_"]))
+        mallopt(_M_MMAP_THRESHOLD, int(_RUNTIME["MALLOC_MMAP_THRESHOLD_"]))
+        mallopt(_M_TRIM_THRESHOLD, int(_RUNTIME["MALLOC_TRIM_THRESHOLD_"]))

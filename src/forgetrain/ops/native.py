@@ -1,13 +1,22 @@
 """The production schedule's C++ kernels, ``ops/cpu/*.cpp``, which stand in the engine's file.
 
-torch's own compiler of regions builds and loads them, with its flags and its cache, so they need nothing that regions
-do not need. Shapes as in ``forgetrain.ops.regions``; T is N · S.
+GCC builds them, not torch's own compiler, which takes seconds of every process that imports it. Shapes as in
+``forgetrain.ops.regions``; T is N · S.
 """
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
+import hashlib
 import importlib.resources
-from collections.abc import Callable, Iterable
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,62 +27,95 @@ from forgetrain.ops.products import product_torch, weight_gradient_torch
 def kernel_source(name: str) -> str:
     """``ops/cpu/<name>.cpp`` with what it includes of that folder, for it stands alone in the engine's file."""
     folder = importlib.resources.files("forgetrain.ops.cpu")
-    vectors = folder.joinpath("vectors.h").read_text("utf-8")
-    return folder.joinpath(f"{name}.cpp").read_text("utf-8").replace('#include "vectors.h"\n', vectors)
+
+    def included(match: re.Match[str]) -> str:
+        return folder.joinpath(match[1]).read_text("utf-8")
+
+    return re.sub(r'#include "(.+)"\n', included, folder.joinpath(f"{name}.cpp").read_text("utf-8"))
 
 
-def compiled_kernel(source: str, dtype: torch.dtype, arguments: Iterable[str], definitions: str = "") -> Callable:
-    """The function ``kernel`` of a C++ text in which Number is this dtype; ``arguments``: their types."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache  # takes a second, so not before it is needed
-
+def compiled(source: str, dtype: torch.dtype, definitions: str = "") -> ctypes.CDLL:
+    """The library of a C++ text in which Number is this dtype, built where none is kept of that text, compiler and
+    processor. Raises RuntimeError without GCC: with another compiler's OpenMP beside torch's, sums were wrong."""
     number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
-    head = f"#include <cstdint>\ntypedef {number} Number;\n{definitions}"
-    types = [argument.replace("Number", number) for argument in arguments]
-    return CppPythonBindingsCodeCache.load_pybinding(types, head + source)
+    text = f"#include <cstdint>\ntypedef {number} Number;\n{definitions}{source}"
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    version = compiler and subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    if not compiler or "Free Software Foundation" not in str(version):
+        raise RuntimeError("this engine's kernels are built by GCC, which is not here: install g++, or set CXX to it")
+    command = [compiler, "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+    command += ["-fopenmp", "-fPIC", "-shared"]
+    about = ("model", "flags", "CPU", "Features")
+    processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(about)}
+    key = hashlib.sha256(repr((text, command, version, sorted(processor))).encode()).hexdigest()[:32]
+    own = f"{tempfile.gettempdir()}/forgetrain-kernels-{os.getuid()}"
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", own))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} is another user's: set TORCHINDUCTOR_CACHE_DIR to a folder for compiled code")
+    library = folder / f"{key}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one builds
+        if not library.is_file():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                file, made = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
+                file.write_text(text, encoding="utf-8")
+                done = subprocess.run([*command, file, "-o", made], capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    raise RuntimeError(f"{compiler} does not build a kernel: {done.stderr[-2000:]}")
+                made.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+def run_kernel(function: Any, *arguments: Tensor | float | None) -> None:
+    """Calls a function of such a library: tensors are handed over by where they lie, counts as int64, others as
+    double."""
+    if function.argtypes is None:
+        kinds = {int: ctypes.c_int64, float: ctypes.c_double}
+        function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
+        function.restype = None
+    function(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
 
 
 def compiled_attention(
     source: str, groups: int, heads_per_group: int, head_dim: int, scale: float, dtype: torch.dtype
-) -> Callable:
-    """The kernel for these sizes, built on the first call in an environment: two seconds."""
+) -> ctypes.CDLL:
+    """The kernel for these sizes."""
     pairs = int(dtype == torch.bfloat16 and head_dim % 16 == 0 and heads_per_group % 2 == 0)
     sizes = f"constexpr int G = {groups}, R = {heads_per_group}, K = {head_dim};\nconstexpr float SCALE = {scale!r};"
-    given = ["const Number*", "const float*", "const float*", "const int64_t*"]
-    forward, backward = ["Number*", "float*"], ["const Number*", "Number*"]
-    arguments = [*given, *forward, *backward, "int64_t", "int64_t", "int64_t"]
-    return compiled_kernel(source, dtype, arguments, f"#define PAIRS {pairs}\n{sizes}\n")
+    return compiled(source, dtype, f"#define PAIRS {pairs}\n{sizes}\n")
 
 
 def attention_native_forward(
-    kernel: Callable, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, s: int, heads: int
+    kernel: ctypes.CDLL, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, s: int, heads: int
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of qkv, [T, columns of Q, K and V], in rows of ``s`` positions, Q and K turned on the way.
     cos and sin: fp32 [T, K], contiguous; first: int64 [T], the first key of its row that each position sees.
     -> (context [T, heads · K], the logarithms of the sums of exponentials, fp32 [T, heads])."""
     context, log_sum = qkv.new_empty(qkv.shape[0], heads * cos.shape[-1]), cos.new_empty(qkv.shape[0], heads)
-    kernel(qkv, cos, sin, first, context, log_sum, context, context, qkv.shape[0] // s, s, 0)
+    run_kernel(kernel.kernel, qkv, cos, sin, first, context, log_sum, context, context, qkv.shape[0] // s, s, 0)
     return context, log_sum
 
 
 def attention_native_backward(
-    kernel: Callable, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, context: Tensor, log_sum: Tensor,
+    kernel: ctypes.CDLL, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, context: Tensor, log_sum: Tensor,
     d_context: Tensor, s: int,
 ) -> Tensor:  # fmt: skip
     """-> the gradient of qkv."""
     d_qkv = torch.empty_like(qkv)
-    kernel(qkv, cos, sin, first, context, log_sum, d_context, d_qkv, qkv.shape[0] // s, s, 1)
+    run_kernel(kernel.kernel, qkv, cos, sin, first, context, log_sum, d_context, d_qkv, qkv.shape[0] // s, s, 1)
     return d_qkv
 
 
-def compiled_products(source: str, dtype: torch.dtype) -> Callable | None:
-    """The kernel of products, built on the first call in an environment. None for bf16 where the processor multiplies
-    it, which oneDNN makes use of, in torch.mm."""
+def compiled_products(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel of products. None for bf16 where the processor multiplies it, which oneDNN makes use of, in
+    torch.mm."""
     if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         return None
-    return compiled_kernel(source, dtype, ["const Number*", "const Number*", "Number*", "float*", *["int64_t"] * 9])
+    return compiled(source, dtype)
 
 
-def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
+def product_native(kernel: ctypes.CDLL | None, a: Tensor, b: Tensor) -> Tensor:
     """a_MK · b_NKᵀ -> [M, N] in their dtype; both may be transposed views or parts of a matrix."""
     if kernel is None:
         return product_torch(a, b)
@@ -82,11 +124,11 @@ def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
     (m, k), n = a.shape, b.shape[0]
     out = a.new_empty(m, n)
     sums = out if out.dtype == torch.float32 else out.new_empty(m, n, dtype=torch.float32)
-    kernel(a, b, out, sums, m, n, k, *a.stride(), *b.stride()[::-1], 0, 0)
+    run_kernel(kernel.kernel, a, b, out, sums, m, n, k, *a.stride(), *b.stride()[::-1], 0, 0)
     return out
 
 
-def weight_gradient_native(kernel: Callable | None, grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
+def weight_gradient_native(kernel: ctypes.CDLL | None, grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
     """d_out_TOᵀ · x_TI into grad_OI, fp32 and contiguous: in place of what is there, or added to it."""
     if kernel is None:
         return weight_gradient_torch(grad, d_out, x, replace)
@@ -94,5 +136,5 @@ def weight_gradient_native(kernel: Callable | None, grad: Tensor, d_out: Tensor,
     if not alike or grad.dtype != torch.float32 or not grad.is_contiguous():
         raise ValueError(f"no gradient of {d_out.dtype} {tuple(d_out.shape)} and {x.dtype} {tuple(x.shape)}")
     (k, m), n = d_out.shape, x.shape[1]
-    kernel(d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
+    run_kernel(kernel.kernel, d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
     return None

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if PAIRS && defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -29,26 +30,12 @@ constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed ap
 // Sums of RS rows and CS vectors of each stay in registers, beside what is multiplied: in 24 of 32, or in 8 of 16.
 constexpr int part(int count, int most) { return most >= count ? count : count % most ? part(count, most - 1) : most; }
 constexpr int SUMS = W == 16 ? 24 : 8, RS = part(R, SUMS / 2), CS = part(C, SUMS / RS);
+#include "numbers.h"
 #include "vectors.h"
 
 static inline Lanes wide(const float* p) { return load(p); }
 static inline Lanes wide(const uint16_t* p) {
     return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Whole) << 16);
-}
-
-// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2.
-static inline Lanes exponential(Lanes x) {
-    x = x < -87.0f ? Lanes{} - 87.0f : x;
-    Lanes n = __builtin_convertvector(__builtin_convertvector(x * 1.44269504f - 0.5f, Whole), Lanes);
-    Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    Whole bits = (__builtin_convertvector(n, Whole) + 127) << 23;
-    return p * reinterpret_cast<Lanes&>(bits);
 }
 
 static const Whole COUNT = [] { Whole x; for (int l = 0; l < W; l++) x[l] = l; return x; }();
@@ -246,7 +233,7 @@ static void forward(const Number* qkv, const float* cos, const float* sin, const
                 total[r] = Lanes{};
                 for (int64_t j = start; j < end; j += W) {
                     Lanes s0 = load(p.data() + r * width + j);
-                    Lanes e = s0 == -INFINITY ? Lanes{} : exponential(s0 - top);
+                    Lanes e = s0 == -INFINITY ? Lanes{} : exponential<Whole>(s0 - top);
                     total[r] += e;
                     store(p.data() + r * width + j, e);
                 }
@@ -304,7 +291,7 @@ static void backward(const Number* qkv, const float* cos, const float* sin, cons
                 for (int h = 0; h < 2; h++) {
                     Whole open = seen(j + h * W, from, i);
                     for (int r = 0; r < R; r++)
-                        store(p.data() + r * width + j + h * W, open ? exponential(t[r][h] - lse[r]) : Lanes{});
+                        store(p.data() + r * width + j + h * W, open ? exponential<Whole>(t[r][h] - lse[r]) : Lanes{});
                 }
                 tile(go_row.data(), vt.data() + j * (K / PER), t);
                 for (int h = 0; h < 2; h++)

@@ -26,18 +26,12 @@ constexpr int64_t DEPTH = 256;
 constexpr int NR = 2 * W;
 constexpr int64_t BLOCK = 72, WIDTH = 4096;  // rows of A in L2, columns of B in L3
 static_assert(BLOCK % MR == 0, "a thread's room holds whole panels");
+#include "numbers.h"
 #include "vectors.h"
 typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t Order __attribute__((vector_size(32)));
 typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
 
-static inline float wide(float x) { return x; }
-static inline float wide(uint16_t x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
-}
 static inline Eight eight(const float* p) { return *reinterpret_cast<const Eight*>(p); }
 static inline Eight eight(const uint16_t* p) {
     return (Eight)(__builtin_convertvector(*reinterpret_cast<const EightHalves*>(p), Order) << 16);
