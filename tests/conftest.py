@@ -4,6 +4,8 @@ terminal of one width and no colours: what a table shows must not depend on wher
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,6 +16,30 @@ if not torch.cuda.is_available():
 for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "CLICOLOR_FORCE", "PY_COLORS", "GITHUB_ACTIONS"):
     os.environ.pop(name, None)
 os.environ["COLUMNS"] = "160"  # read by the product's console when it is first imported
+
+
+@contextmanager
+def _unnamed() -> Iterator[None]:
+    """Takes the running test's name out of the environment: a server of forked processes, which takes seconds to start,
+    goes on serving while the environment stays the same."""
+    name = os.environ.pop("PYTEST_CURRENT_TEST", None)
+    try:
+        yield
+    finally:
+        if name is not None:
+            os.environ["PYTEST_CURRENT_TEST"] = name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup():
+    with _unnamed():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    with _unnamed():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -58,9 +58,12 @@ def _raw(tensor: Tensor) -> Tensor:
 
 def deterministic_algorithms(wanted: bool) -> None:
     """As ``torch.use_deterministic_algorithms``, which imports torch's whole compiler to tell it: a second that most
-    processes never need. The compiler reads its environment when it is imported, if ever."""
+    processes never need. The compiler reads its environment when it is imported, if ever; where nothing is wanted, that
+    is as it was, for a server of forked processes serves one environment."""
     torch.set_deterministic_debug_mode("error" if wanted else "default")
-    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = str(int(wanted))
+    os.environ.pop("TORCHINDUCTOR_DETERMINISTIC", None)
+    if wanted:
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
     compiler: Any = sys.modules.get("torch._inductor.config")
     if compiler is not None:
         compiler.deterministic = wanted

@@ -9,6 +9,7 @@ There is no other assembled form: what aligning probes, what the judge clocks an
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.resources
 import importlib.util
@@ -404,12 +405,18 @@ def _sources(functions: Iterable[Callable], compiled: list[Callable]) -> str:
             if inspect.isfunction(callee) and callee.__module__.startswith("forgetrain.ops"):
                 visit(callee)
         done[function.__name__] = done.pop(function.__name__) or (
-            "@torch.compile(dynamic=False)\n" * (function in compiled) + inspect.getsource(function)
+            "@torch.compile(dynamic=False)\n" * (function in compiled) + _source(function)
         )
 
     for function in functions:
         visit(function)
     return "\n\n".join(done.values())
+
+
+@functools.cache
+def _source(function: Callable) -> str:
+    """Read once: a search writes dozens of engines of the same functions."""
+    return inspect.getsource(function)
 
 
 def _names(code: types.CodeType) -> list[str]:
