@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from forgetrain.gates.verdict import Verdict
+from forgetrain.gates.verdict import Verdict, share_of
 from forgetrain.numerics.compare import exact
 from forgetrain.spec.taps import kind_of
 
@@ -125,7 +125,7 @@ def g4(candidate: ErrorPool, reference: ErrorPool, *, ratio: float, sandboxed: b
     for kind, mine in candidate.kinds.items():
         theirs = reference.kinds[kind]
         allowed = max(ratio * theirs.rms, FLOOR_EPS * mine.eps * theirs.value)
-        used = _over(mine.rms, allowed)
+        used = share_of(mine.rms, allowed)
         rows[kind] = {"rms": mine.rms, "reference": theirs.rms, "allowed": allowed, "used": used, "rest": mine.rest}
         if mine.largest > FLAG * max(theirs.rms, mine.eps * theirs.value) and mine.largest > theirs.largest * FLAG:
             flags.append(kind)
@@ -136,8 +136,8 @@ def g4(candidate: ErrorPool, reference: ErrorPool, *, ratio: float, sandboxed: b
     norm = {"rms": candidate.norm, "reference": reference.norm, "allowed": allowed}
     detail = {"kinds": rows, "norm": norm, "flagged": flags, "ratio": ratio, "batches": candidate.batches}
     if failing:
-        shares = {kind: _over(row["rest"], row["allowed"]) for kind, row in rows.items()}
-        of_norm = _over(candidate.norm, allowed)
+        shares = {kind: share_of(row["rest"], row["allowed"]) for kind, row in rows.items()}
+        of_norm = share_of(candidate.norm, allowed)
         if all(share <= 1.0 for share in (*shares.values(), of_norm)):
             kind = max(shares, key=lambda kind: shares[kind])
             used, errs = max(shares[kind], of_norm), rows[kind]
@@ -163,15 +163,6 @@ def g4(candidate: ErrorPool, reference: ErrorPool, *, ratio: float, sandboxed: b
         explanation=text,
         sandboxed=sandboxed,
     )
-
-
-def _over(error: float, allowed: float) -> float:
-    """The share of the allowance that is used; infinite for an error, or an allowance, that is not finite."""
-    if not (math.isfinite(error) and math.isfinite(allowed)):
-        return math.inf
-    if allowed == 0.0:
-        return 0.0 if error == 0.0 else math.inf
-    return error / allowed
 
 
 def _refused(why: str, sandboxed: bool) -> Verdict:

@@ -17,10 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from forgetrain.gates.verdict import Verdict
+from forgetrain.gates.verdict import Verdict, share_of
 from forgetrain.numerics.compare import exact
 
 #: How many times its budget a distance may be for a seed to be to blame.
@@ -90,9 +89,9 @@ def g6(
         "repeat": _repeat(repeat),
     }
     failed = [name for name, (passed, _, _) in checks.items() if not passed]
-    used = max(_share(abs(held_out - centre), reach), _share(distance, distance_budget))
+    used = max(share_of(abs(held_out - centre), reach), share_of(distance, distance_budget))
     if band is not None:
-        used = max(used, _share(repeat.distance, band))
+        used = max(used, share_of(repeat.distance, band))
     detail: dict[str, Any] = {
         name: {"pass": passed, "text": text, "rounding": rounding} for name, (passed, rounding, text) in checks.items()
     }
@@ -138,11 +137,3 @@ def _repeat(repeat: Repeat) -> tuple[bool, bool, str]:
         return False, False, "run twice, its weights differ, and it does not say that it is non-deterministic"
     text = f"declared non-deterministic: two runs are {repeat.distance:.3g} apart, {band:.3g} declared"
     return repeat.distance <= band, repeat.distance <= EXCUSED * band, text
-
-
-def _share(value: float, allowed: float) -> float:
-    if not torch.isfinite(torch.tensor(value)):
-        return math.inf
-    if allowed == 0.0:
-        return 0.0 if value == 0.0 else math.inf
-    return value / allowed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -37,3 +38,12 @@ class Verdict:
         """What ``as_dict`` gave, or a row of the ledger; keys that no verdict has are left out."""
         values = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
         return cls(**{**values, "passed": bool(plain["pass"]), "sandboxed": bool(plain.get("sandboxed"))})
+
+
+def share_of(value: float, allowed: float) -> float:
+    """How much of an allowance a value uses; infinite where either is not finite."""
+    if not (math.isfinite(value) and math.isfinite(allowed)):
+        return math.inf
+    if allowed == 0.0:
+        return 0.0 if value == 0.0 else math.inf
+    return value / allowed
