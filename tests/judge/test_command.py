@@ -31,13 +31,8 @@ def judge_of(folder, **sections):
     return target, of
 
 
-@pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    return judge_of(tmp_path_factory.mktemp("g9"))
-
-
-def test_an_honest_engine_passes(judged):
-    target, judge = judged
+def test_an_honest_engine_passes(tmp_path):
+    target, judge = judge_of(tmp_path)
     (verdict,) = judge(write_engine(target, Plan.textbook()))
     assert verdict.passed, verdict.explanation
     assert verdict.sandboxed == bubblewrap.RUNS
@@ -45,11 +40,12 @@ def test_an_honest_engine_passes(judged):
 
 
 @pytest.mark.parametrize(
-    ("honest", "planted", "said"),
+    ("ranks", "honest", "planted", "said"),
     [
-        ('of("exp_avg"), of("exp_avg_sq")', 'of("exp_avg"), of("exp_avg")', "killed and resumed"),
-        ('self.updates = int(state["step"].tensor)', "self.updates = 0", "killed and resumed"),
+        (1, 'of("exp_avg"), of("exp_avg_sq")', 'of("exp_avg"), of("exp_avg")', "killed and resumed"),
+        (1, 'self.updates = int(state["step"].tensor)', "self.updates = 0", "killed and resumed"),
         (
+            2,
             "def step(self, batch: Any, lr: float) -> StepResult:\n",
             "def step(self, batch: Any, lr: float) -> StepResult:\n"
             '        lr = lr * 0.9 if "LOCAL_RANK" in __import__("os").environ else lr\n',
@@ -57,8 +53,8 @@ def test_an_honest_engine_passes(judged):
         ),
     ],
 )
-def test_an_engine_that_is_another_one_in_training_is_found(judged, honest, planted, said):
-    target, judge = judged
+def test_an_engine_that_is_another_one_in_training_is_found(ranks, honest, planted, said, tmp_path):
+    target, judge = judge_of(tmp_path, gates={"ranks": ranks})
     source = write_engine(target, Plan.textbook())
     assert honest in source
     (verdict,) = judge(source.replace(honest, planted))

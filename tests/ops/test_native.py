@@ -145,5 +145,5 @@ def test_another_compiler_is_refused(monkeypatch, tmp_path, compiler):
     other.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(RuntimeError, match="built by GCC, which is not here: install g"):
+    with pytest.raises(FileNotFoundError, match="built by GCC, which is not here: install g"):
         compiled(SOURCE, torch.float32)

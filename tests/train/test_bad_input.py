@@ -12,7 +12,7 @@ from forgetrain.cli.main import main
 from forgetrain.train import checkpoint
 from tests.corpus import built
 from tests.engine.toy import toy
-from tests.train.test_command import finish, forgetrain, summary, write_target
+from tests.train.test_command import finish, forgetrain, summary, write_engine_file, write_target
 from tests.train.test_loop import run
 
 
@@ -115,6 +115,17 @@ def test_a_full_disk_in_the_middle_of_a_save_is_one_line_and_the_run_goes_on_lat
     assert files(tmp_path / "runs/tiny/checkpoints") == kept
     assert command("train", target, "--resume")[0] == 0
     assert summary(tmp_path)["weight_sha256"] == whole
+
+
+def test_an_engine_that_this_machine_cannot_build_is_told_in_one_line(tmp_path, monkeypatch, command):
+    target = write_target(tmp_path)
+    assert command("data", "build", target)[0] == 0
+    engine = write_engine_file(target, tmp_path / "fast.py")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, err = command("train", target, "--engine", engine, "--unverified")
+    assert code == 2
+    one_line(err, f"{engine}: cannot be built here: its kernels are built by GCC, which is not here")
+    assert not list((tmp_path / "runs/tiny/checkpoints").iterdir())
 
 
 @pytest.mark.slow

@@ -36,13 +36,14 @@ def kernel_source(name: str) -> str:
 
 def compiled(source: str, dtype: torch.dtype, definitions: str = "") -> ctypes.CDLL:
     """The library of a C++ text in which Number is this dtype, built where none is kept of that text, compiler and
-    processor. Raises RuntimeError without GCC: with another compiler's OpenMP beside torch's, sums were wrong."""
+    processor. Raises OSError without GCC, for with another compiler's OpenMP beside torch's sums were wrong, or without
+    a folder of its own; RuntimeError for a text that is no C++."""
     number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
     text = f"#include <cstdint>\ntypedef {number} Number;\n{definitions}{source}"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     version = compiler and subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     if not compiler or "Free Software Foundation" not in str(version):
-        raise RuntimeError("this engine's kernels are built by GCC, which is not here: install g++, or set CXX to it")
+        raise FileNotFoundError("its kernels are built by GCC, which is not here: install g++, or set CXX to it")
     command = [compiler, "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
     command += ["-fopenmp", "-fPIC", "-shared"]
     about = ("model", "flags", "CPU", "Features")
@@ -52,7 +53,7 @@ def compiled(source: str, dtype: torch.dtype, definitions: str = "") -> ctypes.C
     folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", own))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{folder} is another user's: set TORCHINDUCTOR_CACHE_DIR to a folder for compiled code")
+        raise PermissionError(f"{folder} is another user's: set TORCHINDUCTOR_CACHE_DIR to a folder for compiled code")
     library = folder / f"{key}.so"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one builds

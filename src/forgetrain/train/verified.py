@@ -48,7 +48,7 @@ class ChosenEngine:
         """The engine without weights, and whether it is deterministic; torch is asked to be so for one that is.
 
         Raises:
-            UserError: it was made for another target.
+            UserError: it was made for another target, or this machine lacks what it needs.
         """
         module = self.load()
         for key, what in (("tensor", "layers"), ("context", "rows")):  # an engine that splits them says so
@@ -75,6 +75,9 @@ class ChosenEngine:
             engine = module.build(target.plain(), device=device, precision=precision, mesh=mesh)
         except ValueError as error:
             raise UserError(f"refuses the target: {error}", file=self.name, remedy="align this target") from error
+        except OSError as error:
+            remedy = "see to that, or choose another engine with --engine"
+            raise UserError(f"cannot be built here: {error}", file=self.name, remedy=remedy) from error
         return engine, deterministic
 
 
