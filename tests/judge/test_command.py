@@ -76,8 +76,8 @@ def sections(parallel, ranks):
     [
         ({}, 1, "one rank"),
         ({}, 4, "4 data ranks"),
-        (TENSOR, 4, "2 data ranks x 2 tensor ranks"),
-        (CONTEXT, 4, "2 data ranks x 2 context ranks"),
+        (TENSOR, 2, "2 tensor ranks"),
+        (CONTEXT, 2, "2 context ranks"),
         (BOTH, 0, "2 context ranks x 2 tensor ranks"),
     ],
 )
