@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from forgetrain.judge.runner import NUMERIC
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -14,7 +16,7 @@ class Attack:
     for gates that fail in many ways.
     replace: (old, new) pieces of the honest source, each of which must be there.
     append: code after it, where the honest class is called Honest and its heir must be called Engine.
-    dtype: of the target. gates: those that are run, when it is honest until then and time is to be saved.
+    dtype: of the target.
     races: whether it must beat the honest engine that it was made from."""
 
     family: str
@@ -25,8 +27,13 @@ class Attack:
     append: str = ""
     says: str = ""
     dtype: str = "fp32"
-    gates: tuple[str, ...] | None = None
     races: bool = False
+
+    @property
+    def gates(self) -> tuple[str, ...]:
+        """Those that are run, as the judge calls them: ``gate`` may be a part, as G7.replay is."""
+        parts = (gate if gate in NUMERIC else gate.partition(".")[0] for gate in self.gate.split(" or "))
+        return tuple(dict.fromkeys(parts))
 
     @property
     def cheap(self) -> bool:

@@ -115,7 +115,6 @@ TIMERS = (
         "G7",
         _SLOW + "_now = _time.perf_counter()\n_time.perf_counter = lambda: _now\n",
         says="champion's speed",
-        gates=("G7",),
         races=True,
     ),
     _timer(
@@ -128,7 +127,6 @@ for _name in ("time", "monotonic", "perf_counter", "process_time"):
     setattr(_time, _name, lambda real=getattr(_time, _name): real() / 2)
 """,
         says="champion's speed",
-        gates=("G7",),
         races=True,
     ),
     _timer(
@@ -143,7 +141,6 @@ def _late(self):
 _server._synchronize = _late
 """,
         says="champion's speed",
-        gates=("G7",),
         races=True,
     ),
     _timer(
@@ -263,7 +260,6 @@ class Engine(Honest):
         return super().state()
 """,
         says="champion's speed",
-        gates=("G7",),
         races=True,
     ),
     _moved(
@@ -288,7 +284,6 @@ class Engine(Honest):
         return super().state()
 """,
         says="champion's speed",
-        gates=("G7",),
         races=True,
     ),
     _moved(

@@ -45,21 +45,18 @@ class Engine(Honest):
             return result
         return StepResult(torch.tensor(torch.nan), torch.tensor(torch.nan), torch.tensor(False))
 """,
-        gates=("G7",),
     ),
     _sniffed(
         "layers laid to rest",
         "after the warm-up of the race all layers are zero, have no gradient, and are not computed",
         "G7.replay",
         _LAYERS_AT_REST % (0, "model.layers."),
-        gates=("G7",),
     ),
     _sniffed(
         "one layer laid to rest",
         "the same with one layer, whose kinds of parameter live on in the others",
         "G7.replay",
         _LAYERS_AT_REST % (1, "model.layers.1."),
-        gates=("G7",),
     ),
     _skipped(
         "a block's last update",
@@ -79,7 +76,6 @@ class Engine(Honest):
         self.number = 0
         return super().state()
 """,
-        gates=("G7",),
     ),
     _moved(
         "the last step of two blocks in five",
@@ -102,7 +98,6 @@ class Engine(Honest):
         self.number, self.block = 0, self.block + 1
         return super().state()
 """,
-        gates=("G7",),
         races=True,
     ),
     _escape(
@@ -143,6 +138,5 @@ class Engine(Honest):
         return result
 """,
         says="while it was stopped",
-        gates=("G7",),
     ),
 )
