@@ -44,26 +44,29 @@ for line in sys.stdin:
 @pytest.mark.slow
 def test_a_loop_that_is_killed_loses_nothing_and_counts_nothing_twice(tmp_path):
     generator, target = random.Random(5), prepared(tmp_path)
-    killed, spent = 0, None
+    kills, killed, elections, spent = 0, 0, 0, None
     command = [sys.executable, "-c", NURSERY, str(tmp_path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     ) as nursery:
         assert nursery.stdin is not None
         assert nursery.stdout is not None
-        for number in range(20):
-            print(101 + 100 * number, file=nursery.stdin, flush=True)
+        while kills < 20 or (elections <= 5 and kills < 100):
+            longest = 0.4 * (1 + kills // 20)  # where others want the cores, a loop needs longer to get as far
+            print(101 + 100 * kills, file=nursery.stdin, flush=True)
+            kills += 1
             child = int(nursery.stdout.readline())
-            time.sleep(0.02 + 0.4 * generator.random())
+            time.sleep(0.02 + longest * generator.random())
             os.kill(child, signal.SIGKILL)
             killed += int(nursery.stdout.readline()) == -signal.SIGKILL
             with Ledger(tmp_path / "ledger") as ledger:
                 assert ledger.query("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
                 now = ledger.spent(ledger.add_target(target))
+                elections = ledger.query("SELECT count(*) AS n FROM elections")[0]["n"]
             if spent is not None:
                 assert (now.attempts, now.seconds) >= (spent.attempts, spent.seconds)
             spent = now
-    assert killed == 20
+    assert killed == kills
     run = loop(prepared(tmp_path, attempts=10_000), tmp_path, Script(["speed = 1e30\n"]))
     outcome = run.run()
     ledger = run.ledger
@@ -72,7 +75,7 @@ def test_a_loop_that_is_killed_loses_nothing_and_counts_nothing_twice(tmp_path):
     outcomes = [row["outcome"] for row in ledger.query("SELECT outcome FROM attempts")]
     assert spent is not None
     assert len(outcomes) == outcome.attempts == spent.attempts + 2
-    assert outcomes.count("interrupted") <= 20
+    assert outcomes.count("interrupted") <= kills
     elected = [row["candidate"] for row in ledger.query("SELECT candidate FROM elections ORDER BY number")]
     assert len(set(elected)) == len(elected)
     assert len(elected) > 5
