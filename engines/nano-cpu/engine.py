@@ -3,6 +3,7 @@
 Plan:
     schedule = production
     products = native
+    regions = native
     attention_kernel = native
     head_rows = 512
     optimizer_state = sharded
@@ -11,7 +12,15 @@ Plan:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -55,67 +64,77 @@ def rope_tables_fp32_forward(positions: Tensor, head_dim: int, theta: float) -> 
     return angles.cos(), angles.sin()
 
 
-@torch.compile(dynamic=False)
-def norm_region(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x_TD -> RMSNorm(x)_TD in x's dtype and the inverse root mean square, fp32 [T, 1]."""
-    wide = x.float()
-    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * inverse * weight.float()).to(x.dtype), inverse
+def whole(dtype: torch.dtype, *tensors: Tensor) -> None:
+    """Raises ValueError unless these lie without gaps, in this dtype: the kernel takes that for granted."""
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"a kernel for contiguous {dtype} cannot take {tensor.dtype} in strides {tensor.stride()}")
 
 
-@torch.compile(dynamic=False)
-def residual_norm_region(
-    x: Tensor, branch: Tensor, weight: Tensor, eps: float, scale: float
+def run_kernel(function: Any, *arguments: Tensor | float | None) -> None:
+    """Calls a function of such a library: tensors are handed over by where they lie, counts as int64, others as
+    double."""
+    if function.argtypes is None:
+        kinds = {int: ctypes.c_int64, float: ctypes.c_double}
+        function.argtypes = [kinds.get(type(argument), ctypes.c_void_p) for argument in arguments]
+        function.restype = None
+    function(*[argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments])
+
+
+def norm_native(kernels: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
+    out, inverse = torch.empty_like(x), x.new_empty(rows, 1, dtype=torch.float32)
+    whole(x.dtype, x, weight)
+    run_kernel(kernels.norm, x, None, weight, None, out, inverse, rows, width, float(eps), 1.0)
+    return out, inverse
+
+
+def residual_norm_native(
+    kernels: ctypes.CDLL, x: Tensor, branch: Tensor, weight: Tensor, eps: float, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_TD + scale · branch_TD, rounded, then its RMSNorm: -> (sum_TD, normed_TD, inverse fp32 [T, 1])."""
-    total = (x.float() + branch.float() * scale).to(x.dtype)
-    wide = total.float()
-    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return total, (wide * inverse * weight.float()).to(x.dtype), inverse
+    rows, width = x.shape
+    total, out, inverse = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, 1, dtype=torch.float32)
+    whole(x.dtype, x, branch, weight)
+    run_kernel(kernels.norm, x, branch, weight, total, out, inverse, rows, width, float(eps), float(scale))
+    return total, out, inverse
 
 
-@torch.compile(dynamic=False)
-def norm_backward_region(
-    x: Tensor, inverse: Tensor, weight: Tensor, d_out: Tensor, d_residual: Tensor
+def norm_backward_native(
+    kernels: ctypes.CDLL, x: Tensor, inverse: Tensor, weight: Tensor, d_out: Tensor, d_residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient through a norm of x_TD plus the one that passes it by: -> (d_x_TD, d_weight_D fp32)."""
-    normed, d_wide = x.float() * inverse, d_out.float()
-    d_normed = d_wide * weight.float()
-    d_x = d_residual.float() + inverse * (d_normed - normed * (d_normed * normed).mean(-1, keepdim=True))
-    return d_x.to(x.dtype), (d_wide * normed).sum(0)
+    rows, width = x.shape
+    d_x, d_weight = torch.empty_like(x), x.new_empty(width, dtype=torch.float32)
+    sums = x.new_empty(-(-rows // 32), width, dtype=torch.float32)  # the kernel's SPAN
+    whole(x.dtype, x, weight, d_out, *(() if d_residual is None else (d_residual,)))
+    run_kernel(kernels.norm_backward, x, inverse, weight, d_out, d_residual, d_x, d_weight, sums, rows, width)
+    return d_x, d_weight
 
 
-@torch.compile(dynamic=False)
-def swiglu_region(gate_up: Tensor) -> Tensor:
-    """[gate, up]_T2F -> silu(gate) · up, [T, F]."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (gate * torch.sigmoid(gate) * up).to(gate_up.dtype)
+def swiglu_native(kernels: ctypes.CDLL, gate_up: Tensor) -> Tensor:
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(rows, width)
+    whole(gate_up.dtype, gate_up)
+    run_kernel(kernels.swiglu, gate_up, out, rows, width)
+    return out
 
 
-@torch.compile(dynamic=False)
-def swiglu_backward_region(gate_up: Tensor, d_out: Tensor) -> Tensor:
-    """-> [d_gate, d_up]_T2F."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    sigmoid, d_wide = torch.sigmoid(gate), d_out.float()
-    d_gate, d_up = d_wide * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), d_wide * gate * sigmoid
-    # rounded before they are joined: the other way about, the compiler writes and reads an fp32 tensor between
-    return torch.cat((d_gate.to(gate_up.dtype), d_up.to(gate_up.dtype)), dim=-1)
+def swiglu_backward_native(kernels: ctypes.CDLL, gate_up: Tensor, d_out: Tensor) -> Tensor:
+    d_gate_up = torch.empty_like(gate_up)
+    whole(gate_up.dtype, gate_up, d_out)
+    run_kernel(kernels.swiglu_backward, gate_up, d_out, d_gate_up, *d_out.shape)
+    return d_gate_up
 
 
-@torch.compile(dynamic=False)
-def entropy_region(logits: Tensor, labels: Tensor, d_nll: Tensor) -> Tensor:
-    """Cross-entropy of logits_TV, which its gradient then replaces: -> nll_T fp32. A label's own logit is a sum, for
-    torch 2.11's compiler would gather it after the gradient is in its place."""
-    wide = logits.float()
-    log_sum = torch.logsumexp(wide, dim=-1)
-    onehot = torch.arange(logits.shape[1], device=logits.device)[None] == labels[:, None]
-    nll = log_sum - torch.where(onehot, wide, 0.0).sum(-1)
-    logits.copy_((torch.exp(wide - log_sum[:, None]) - onehot.float()) * d_nll[:, None])
+def entropy_native(kernels: ctypes.CDLL, logits: Tensor, labels: Tensor, d_nll: Tensor) -> Tensor:
+    nll = torch.empty_like(d_nll)
+    whole(logits.dtype, logits)
+    whole(torch.int64, labels)
+    run_kernel(kernels.entropy, logits, labels, d_nll, nll, *logits.shape)
     return nll
 
 
-@torch.compile(dynamic=False)
-def adamw_region(
+def adamw_native(
+    kernels: ctypes.CDLL,
     p: Tensor,
     g: Tensor,
     m: Tensor,
@@ -127,18 +146,9 @@ def adamw_region(
     beta2: float,
     eps: float,
 ) -> None:
-    """AdamW (arXiv 1711.05101) with clipping's factor, in place over flat fp32 buffers, in one pass; ``rounded``
-    receives the new weights in the dtype that products read. rates: fp32 [3], since they change from step to step:
-    lr / (1 - beta1^t), sqrt(1 - beta2^t) and 1 - lr · decay."""
-    grad = g * factor
-    m_new = m + (grad - m) * (1 - beta1)
-    v_new = v * beta2 + grad * grad * (1 - beta2)
-    p_new = p * rates[2] - rates[0] * m_new / (v_new.sqrt() / rates[1] + eps)
-    m.copy_(m_new)
-    v.copy_(v_new)
-    p.copy_(p_new)
-    if rounded is not None:
-        rounded.copy_(p_new)
+    whole(torch.float32, p, g, m, v, factor, rates)
+    numbers = map(float, (beta1, beta2, eps))
+    run_kernel(kernels.adamw, p, g, m, v, rounded, factor, rates, p.numel(), *numbers)
 
 
 def norm_blocked(flat: Tensor, block: int = 4096) -> Tensor:
@@ -149,77 +159,116 @@ def norm_blocked(flat: Tensor, block: int = 4096) -> Tensor:
     return torch.linalg.vector_norm(torch.cat((blocks, rest[None])))
 
 
+def compiled(source: str, dtype: torch.dtype, definitions: str = "") -> ctypes.CDLL:
+    """The library of a C++ text in which Number is this dtype, built where none is kept of that text, compiler and
+    processor. Raises OSError without GCC, for with another compiler's OpenMP beside torch's sums were wrong, or without
+    a folder of its own; RuntimeError for a text that is no C++."""
+    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
+    text = f"#include <cstdint>\ntypedef {number} Number;\n{definitions}{source}"
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    version = compiler and subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    if not compiler or "Free Software Foundation" not in str(version):
+        raise FileNotFoundError("its kernels are built by GCC, which is not here: install g++, or set CXX to it")
+    command = [compiler, "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
+    command += ["-fopenmp", "-fPIC", "-shared"]
+    about = ("model", "flags", "CPU", "Features")
+    processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(about)}
+    key = hashlib.sha256(repr((text, command, version, sorted(processor))).encode()).hexdigest()[:32]
+    own = f"{tempfile.gettempdir()}/forgetrain-kernels-{os.getuid()}"
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", own))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} is another user's: set TORCHINDUCTOR_CACHE_DIR to a folder for compiled code")
+    library = folder / f"{key}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one builds
+        if not library.is_file():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                file, made = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
+                file.write_text(text, encoding="utf-8")
+                done = subprocess.run([*command, file, "-o", made], capture_output=True, text=True, check=False)
+                if done.returncode != 0:
+                    raise RuntimeError(f"{compiler} does not build a kernel: {done.stderr[-2000:]}")
+                made.rename(library)
+    return ctypes.CDLL(str(library))
+
+
 def compiled_attention(
     source: str, groups: int, heads_per_group: int, head_dim: int, scale: float, dtype: torch.dtype
-) -> Callable:
-    """The kernel for these sizes, built on the first call in an environment: two seconds."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache  # takes a second, so not before it is needed
-
-    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
+) -> ctypes.CDLL:
+    """The kernel for these sizes."""
     pairs = int(dtype == torch.bfloat16 and head_dim % 16 == 0 and heads_per_group % 2 == 0)
     sizes = f"constexpr int G = {groups}, R = {heads_per_group}, K = {head_dim};\nconstexpr float SCALE = {scale!r};"
-    head = f"#include <cstdint>\n#define PAIRS {pairs}\n{sizes}\ntypedef {number} Number;\n"
-    given = [f"const {number}*", "const float*", "const float*", "const int64_t*"]
-    forward, backward = [f"{number}*", "float*"], [f"const {number}*", f"{number}*"]
-    arguments = [*given, *forward, *backward, "int64_t", "int64_t", "int64_t"]
-    return CppPythonBindingsCodeCache.load_pybinding(arguments, head + source)
+    return compiled(source, dtype, f"#define PAIRS {pairs}\n{sizes}\n")
 
 
 def attention_native_forward(
-    kernel: Callable, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, s: int, heads: int
+    kernel: ctypes.CDLL, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, s: int, heads: int
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of qkv, [T, columns of Q, K and V], in rows of ``s`` positions, Q and K turned on the way.
     cos and sin: fp32 [T, K], contiguous; first: int64 [T], the first key of its row that each position sees.
     -> (context [T, heads · K], the logarithms of the sums of exponentials, fp32 [T, heads])."""
     context, log_sum = qkv.new_empty(qkv.shape[0], heads * cos.shape[-1]), cos.new_empty(qkv.shape[0], heads)
-    kernel(qkv, cos, sin, first, context, log_sum, context, context, qkv.shape[0] // s, s, 0)
+    run_kernel(kernel.kernel, qkv, cos, sin, first, context, log_sum, context, context, qkv.shape[0] // s, s, 0)
     return context, log_sum
 
 
 def attention_native_backward(
-    kernel: Callable, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, context: Tensor, log_sum: Tensor,
+    kernel: ctypes.CDLL, qkv: Tensor, cos: Tensor, sin: Tensor, first: Tensor, context: Tensor, log_sum: Tensor,
     d_context: Tensor, s: int,
 ) -> Tensor:  # fmt: skip
     """-> the gradient of qkv."""
     d_qkv = torch.empty_like(qkv)
-    kernel(qkv, cos, sin, first, context, log_sum, d_context, d_qkv, qkv.shape[0] // s, s, 1)
+    run_kernel(kernel.kernel, qkv, cos, sin, first, context, log_sum, d_context, d_qkv, qkv.shape[0] // s, s, 1)
     return d_qkv
 
 
-def compiled_products(source: str, dtype: torch.dtype) -> Callable | None:
-    """The kernel of products, built on the first call in an environment. None for bf16 where the processor multiplies
-    it, which oneDNN makes use of, in torch.mm."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
-
+def compiled_products(source: str, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernel of products. None for bf16 where the processor multiplies it, which oneDNN makes use of, in
+    torch.mm."""
     if dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         return None
-    number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
-    arguments = [f"const {number}*", f"const {number}*", f"{number}*", "float*", *["int64_t"] * 9]
-    return CppPythonBindingsCodeCache.load_pybinding(
-        arguments, f"#include <cstdint>\ntypedef {number} Number;\n{source}"
-    )
+    return compiled(source, dtype)
 
 
-def product_native(kernel: Callable | None, a: Tensor, b: Tensor) -> Tensor:
+def product_torch(a: Tensor, b: Tensor) -> Tensor:
+    """a_MK · b_NKᵀ -> [M, N] in their dtype."""
+    return torch.mm(a, b.t())
+
+
+def product_native(kernel: ctypes.CDLL | None, a: Tensor, b: Tensor) -> Tensor:
     """a_MK · b_NKᵀ -> [M, N] in their dtype; both may be transposed views or parts of a matrix."""
     if kernel is None:
-        return torch.mm(a, b.t())
+        return product_torch(a, b)
+    if a.dtype != b.dtype or a.shape[1] != b.shape[1]:
+        raise ValueError(f"no product of {a.dtype} {tuple(a.shape)} and {b.dtype} {tuple(b.shape)}")
     (m, k), n = a.shape, b.shape[0]
     out = a.new_empty(m, n)
     sums = out if out.dtype == torch.float32 else out.new_empty(m, n, dtype=torch.float32)
-    kernel(a, b, out, sums, m, n, k, *a.stride(), *b.stride()[::-1], 0, 0)
+    run_kernel(kernel.kernel, a, b, out, sums, m, n, k, *a.stride(), *b.stride()[::-1], 0, 0)
     return out
 
 
-def weight_gradient_native(kernel: Callable | None, grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
-    """d_out_TOᵀ · x_TI into grad_OI, fp32 and contiguous: in place of what is there, or added to it."""
-    if kernel is not None:
-        (k, m), n = d_out.shape, x.shape[1]
-        kernel(d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
+def weight_gradient_torch(grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
+    """d_out_TOᵀ · x_TI into grad_OI, fp32: in place of what is there, or added to it."""
+    if d_out.dtype == torch.float32:
+        grad.addmm_(d_out.t(), x, beta=0.0 if replace else 1.0)
     elif replace:
         grad.copy_(torch.mm(d_out.t(), x))
     else:
         grad.add_(torch.mm(d_out.t(), x))
+
+
+def weight_gradient_native(kernel: ctypes.CDLL | None, grad: Tensor, d_out: Tensor, x: Tensor, replace: bool) -> None:
+    """d_out_TOᵀ · x_TI into grad_OI, fp32 and contiguous: in place of what is there, or added to it."""
+    if kernel is None:
+        return weight_gradient_torch(grad, d_out, x, replace)
+    alike = (d_out.dtype, d_out.shape[0]) == (x.dtype, x.shape[0])
+    if not alike or grad.dtype != torch.float32 or not grad.is_contiguous():
+        raise ValueError(f"no gradient of {d_out.dtype} {tuple(d_out.shape)} and {x.dtype} {tuple(x.shape)}")
+    (k, m), n = d_out.shape, x.shape[1]
+    run_kernel(kernel.kernel, d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
+    return None
 
 
 ATTENTION_SOURCE = r"""
@@ -237,6 +286,7 @@ ATTENTION_SOURCE = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #if PAIRS && defined(__AVX512BF16__)
 #include <immintrin.h>
@@ -251,19 +301,53 @@ constexpr int WIDEST = 8;  // of two registers, vectors are 3.6 times as slow
 constexpr int W = K % WIDEST == 0 ? WIDEST : K % 8 == 0 ? 8 : K % 4 == 0 ? 4 : 2;  // numbers a vector
 constexpr int TILE = 2 * W, C = K / W, Q_WIDTH = G * R * K, STRIDE = Q_WIDTH + 2 * G * K;
 constexpr int64_t SPAN = 16;  // positions whose share of dK and dV is summed apart, for the digits' sake
-// Sums of RS rows and CS vectors of each stay in registers: of 16 there are half as many left as of 32.
+// Sums of RS rows and CS vectors of each stay in registers, beside what is multiplied: in 24 of 32, or in 8 of 16.
 constexpr int part(int count, int most) { return most >= count ? count : count % most ? part(count, most - 1) : most; }
 constexpr int SUMS = W == 16 ? 24 : 8, RS = part(R, SUMS / 2), CS = part(C, SUMS / RS);
+// Single numbers: bf16 widened to fp32, and fp32 rounded to nearest even on the way back. Loops over them are vectors.
+static inline float wide(float x) { return x; }
+static inline float wide(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+static inline void narrow(float x, float* p) { *p = x; }
+static inline void narrow(float x, uint16_t* p) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *p = x == x ? bits : 0x7fc0;
+}
+
+// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; NaN stays NaN. Of a number or of a vector of them, Int
+// being as many whole numbers.
+template <typename To, typename From> static inline To converted(From x) {
+    if constexpr (std::is_arithmetic_v<From>) return To(x);
+    else return __builtin_convertvector(x, To);
+}
+template <typename Int, typename Real> static inline Real exponential(Real x) {
+    x = x < -87.0f ? Real{} - 87.0f : x;
+    Real n = converted<Real>(converted<Int>(x * 1.44269504f - 0.5f));
+    Real r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Real p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Int bits = (converted<Int>(n) + 127) << 23;
+    Real power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+// Vectors of W numbers, which is defined before this text: fp32 as they lie, and bf16 rounded to nearest even.
 typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
 
 static inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
 static inline void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
-static inline Lanes wide(const float* p) { return load(p); }
-static inline Lanes wide(const uint16_t* p) {
-    return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Whole) << 16);
-}
 static inline void narrow(Lanes x, float* p) { store(p, x); }
 static inline void narrow(Lanes x, uint16_t* p) {
     Whole bits = (Whole)x;
@@ -271,19 +355,9 @@ static inline void narrow(Lanes x, uint16_t* p) {
     *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x == x ? even : Whole{} + 0x7fc0, Halves);
 }
 
-// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2.
-static inline Lanes exponential(Lanes x) {
-    x = x < -87.0f ? Lanes{} - 87.0f : x;
-    Lanes n = __builtin_convertvector(__builtin_convertvector(x * 1.44269504f - 0.5f, Whole), Lanes);
-    Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Lanes p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    Whole bits = (__builtin_convertvector(n, Whole) + 127) << 23;
-    return p * reinterpret_cast<Lanes&>(bits);
+static inline Lanes wide(const float* p) { return load(p); }
+static inline Lanes wide(const uint16_t* p) {
+    return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Whole) << 16);
 }
 
 static const Whole COUNT = [] { Whole x; for (int l = 0; l < W; l++) x[l] = l; return x; }();
@@ -481,7 +555,7 @@ static void forward(const Number* qkv, const float* cos, const float* sin, const
                 total[r] = Lanes{};
                 for (int64_t j = start; j < end; j += W) {
                     Lanes s0 = load(p.data() + r * width + j);
-                    Lanes e = s0 == -INFINITY ? Lanes{} : exponential(s0 - top);
+                    Lanes e = s0 == -INFINITY ? Lanes{} : exponential<Whole>(s0 - top);
                     total[r] += e;
                     store(p.data() + r * width + j, e);
                 }
@@ -539,7 +613,7 @@ static void backward(const Number* qkv, const float* cos, const float* sin, cons
                 for (int h = 0; h < 2; h++) {
                     Whole open = seen(j + h * W, from, i);
                     for (int r = 0; r < R; r++)
-                        store(p.data() + r * width + j + h * W, open ? exponential(t[r][h] - lse[r]) : Lanes{});
+                        store(p.data() + r * width + j + h * W, open ? exponential<Whole>(t[r][h] - lse[r]) : Lanes{});
                 }
                 tile(go_row.data(), vt.data() + j * (K / PER), t);
                 for (int h = 0; h < 2; h++)
@@ -606,15 +680,7 @@ constexpr int64_t DEPTH = 256;
 constexpr int NR = 2 * W;
 constexpr int64_t BLOCK = 72, WIDTH = 4096;  // rows of A in L2, columns of B in L3
 static_assert(BLOCK % MR == 0, "a thread's room holds whole panels");
-typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
-typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t Order __attribute__((vector_size(32)));
-typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
-
-static inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
-static inline void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
+// Single numbers: bf16 widened to fp32, and fp32 rounded to nearest even on the way back. Loops over them are vectors.
 static inline float wide(float x) { return x; }
 static inline float wide(uint16_t x) {
     uint32_t bits = uint32_t(x) << 16;
@@ -622,15 +688,55 @@ static inline float wide(uint16_t x) {
     std::memcpy(&out, &bits, 4);
     return out;
 }
-static inline Eight eight(const float* p) { return *reinterpret_cast<const Eight*>(p); }
-static inline Eight eight(const uint16_t* p) {
-    return (Eight)(__builtin_convertvector(*reinterpret_cast<const EightHalves*>(p), Order) << 16);
+static inline void narrow(float x, float* p) { *p = x; }
+static inline void narrow(float x, uint16_t* p) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *p = x == x ? bits : 0x7fc0;
 }
+
+// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; NaN stays NaN. Of a number or of a vector of them, Int
+// being as many whole numbers.
+template <typename To, typename From> static inline To converted(From x) {
+    if constexpr (std::is_arithmetic_v<From>) return To(x);
+    else return __builtin_convertvector(x, To);
+}
+template <typename Int, typename Real> static inline Real exponential(Real x) {
+    x = x < -87.0f ? Real{} - 87.0f : x;
+    Real n = converted<Real>(converted<Int>(x * 1.44269504f - 0.5f));
+    Real r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Real p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Int bits = (converted<Int>(n) + 127) << 23;
+    Real power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+// Vectors of W numbers, which is defined before this text: fp32 as they lie, and bf16 rounded to nearest even.
+typedef float Lanes __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * W), aligned(2), may_alias));
+
+static inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
+static inline void store(float* p, Lanes x) { *reinterpret_cast<Lanes*>(p) = x; }
 static inline void narrow(Lanes x, float* p) { store(p, x); }
 static inline void narrow(Lanes x, uint16_t* p) {
     Whole bits = (Whole)x;
     Whole even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     *reinterpret_cast<Halves*>(p) = __builtin_convertvector(x == x ? even : Whole{} + 0x7fc0, Halves);
+}
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Order __attribute__((vector_size(32)));
+typedef uint16_t EightHalves __attribute__((vector_size(16), aligned(2), may_alias));
+
+static inline Eight eight(const float* p) { return *reinterpret_cast<const Eight*>(p); }
+static inline Eight eight(const uint16_t* p) {
+    return (Eight)(__builtin_convertvector(*reinterpret_cast<const EightHalves*>(p), Order) << 16);
 }
 
 // Memory that a thread keeps from call to call, in whole cache lines.
@@ -745,7 +851,12 @@ extern "C" void kernel(const Number* a, const Number* b, Number* out, float* sum
                        int64_t a_row, int64_t a_step, int64_t b_step, int64_t b_column, int64_t gradient,
                        int64_t replace) {
     static thread_local Room strips;
-    const int64_t chunks = (k + DEPTH - 1) / DEPTH, most = std::min(DEPTH, ((k + chunks - 1) / chunks + 7) / 8 * 8);
+    if (k == 0) {
+        if (!gradient) std::fill_n(out, m * n, Number{});
+        else if (replace) std::fill_n(sums, m * n, 0.0f);
+        return;
+    }
+    const int64_t chunks = (k + DEPTH - 1) / DEPTH, most = ((k + chunks - 1) / chunks + 7) / 8 * 8;  // at most DEPTH
     const int64_t panels = (m + MR - 1) / MR;
     float* packed = strips.of(most * ((std::min(n, WIDTH) + NR - 1) / NR * NR));
     const bool direct = std::is_same_v<Number, float> && a_step == 1;  // rows of fp32 are read as they lie
@@ -793,6 +904,215 @@ extern "C" void kernel(const Number* a, const Number* b, Number* out, float* sum
             }
         }
     }
+}
+"""
+REGIONS_SOURCE = r"""
+// The element-wise regions of the production schedule on a CPU: the formulas of ops/regions.py, where each is told. A row
+// is read from memory once, and again from the caches. Arithmetic is fp32, rounded once at the end. Sums over rows are of
+// SPAN rows each, then of those: another number of threads gives the same bits.
+//
+// The engine's file defines Number before this text. Matrices are contiguous.
+#pragma GCC optimize("fp-contract=fast")
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+// Single numbers: bf16 widened to fp32, and fp32 rounded to nearest even on the way back. Loops over them are vectors.
+static inline float wide(float x) { return x; }
+static inline float wide(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+static inline void narrow(float x, float* p) { *p = x; }
+static inline void narrow(float x, uint16_t* p) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    *p = x == x ? bits : 0x7fc0;
+}
+
+// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; NaN stays NaN. Of a number or of a vector of them, Int
+// being as many whole numbers.
+template <typename To, typename From> static inline To converted(From x) {
+    if constexpr (std::is_arithmetic_v<From>) return To(x);
+    else return __builtin_convertvector(x, To);
+}
+template <typename Int, typename Real> static inline Real exponential(Real x) {
+    x = x < -87.0f ? Real{} - 87.0f : x;
+    Real n = converted<Real>(converted<Int>(x * 1.44269504f - 0.5f));
+    Real r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Real p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    Int bits = (converted<Int>(n) + 127) << 23;
+    Real power;
+    std::memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+constexpr int64_t SPAN = 32, FEW = 1 << 14;  // numbers for which other threads are not worth waking
+
+static inline float sigmoid(float x) {
+    float e = exponential<int32_t>(-std::fabs(x));
+    return (x < 0 ? e : 1.0f) / (1.0f + e);
+}
+
+// What each of ``count`` rows of ``width`` numbers wants done.
+template <typename Function> static inline void each(int64_t count, int64_t width, Function function) {
+#pragma omp parallel for schedule(static) if (count * width > FEW)
+    for (int64_t row = 0; row < count; row++) function(row);
+}
+
+extern "C" void norm(const Number* x, const Number* branch, const Number* weight, Number* total, Number* out,
+                     float* inverse, int64_t rows, int64_t width, double eps, double scale) {
+    each(rows, width, [=](int64_t row) {
+        const Number* from = x + row * width;
+        if (branch) {
+            const Number* other = branch + row * width;
+            Number* sum = total + row * width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) narrow(wide(from[i]) + wide(other[i]) * float(scale), sum + i);
+            from = sum;
+        }
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < width; i++) squares += wide(from[i]) * wide(from[i]);
+        float root = 1.0f / std::sqrt(squares / width + float(eps));
+        inverse[row] = root;
+        Number* to = out + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) narrow(wide(from[i]) * root * wide(weight[i]), to + i);
+    });
+}
+
+// sums: room for [rows / SPAN, rounded up, width]. d_residual may be null.
+extern "C" void norm_backward(const Number* x, const float* inverse, const Number* weight, const Number* d_out,
+                              const Number* d_residual, Number* d_x, float* d_weight, float* sums, int64_t rows,
+                              int64_t width) {
+    int64_t spans = (rows + SPAN - 1) / SPAN;
+    each(spans, SPAN * width, [=](int64_t span) {
+        float* sum = sums + span * width;
+        std::fill_n(sum, width, 0.0f);
+        for (int64_t row = span * SPAN; row < std::min(rows, (span + 1) * SPAN); row++) {
+            const Number *from = x + row * width, *d = d_out + row * width, *past = d_residual ? d_residual + row * width : d;
+            Number* to = d_x + row * width;
+            float root = inverse[row], mean = 0;
+#pragma omp simd reduction(+ : mean)
+            for (int64_t i = 0; i < width; i++) mean += wide(d[i]) * wide(weight[i]) * (wide(from[i]) * root);
+            mean /= width;
+#pragma omp simd
+            for (int64_t i = 0; i < width; i++) {
+                float normed = wide(from[i]) * root, passed = d_residual ? wide(past[i]) : 0.0f;
+                sum[i] += wide(d[i]) * normed;
+                narrow(passed + root * (wide(d[i]) * wide(weight[i]) - normed * mean), to + i);
+            }
+        }
+    });
+    std::fill_n(d_weight, width, 0.0f);
+    for (int64_t span = 0; span < spans; span++)
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) d_weight[i] += sums[span * width + i];
+}
+
+extern "C" void swiglu(const Number* gate_up, Number* out, int64_t rows, int64_t width) {
+    each(rows, width, [=](int64_t row) {
+        const Number *gate = gate_up + 2 * row * width, *up = gate + width;
+        Number* to = out + row * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) narrow(wide(gate[i]) * sigmoid(wide(gate[i])) * wide(up[i]), to + i);
+    });
+}
+
+extern "C" void swiglu_backward(const Number* gate_up, const Number* d_out, Number* d_gate_up, int64_t rows,
+                                int64_t width) {
+    each(rows, width, [=](int64_t row) {
+        const Number *gate = gate_up + 2 * row * width, *up = gate + width, *d = d_out + row * width;
+        Number *d_gate = d_gate_up + 2 * row * width, *d_up = d_gate + width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) {
+            float g = wide(gate[i]), s = sigmoid(g), back = wide(d[i]);
+            narrow(back * wide(up[i]) * s * (1.0f + g * (1.0f - s)), d_gate + i);
+            narrow(back * g * s, d_up + i);
+        }
+    });
+}
+
+// Sums of this many exponentials each are added up, for the digits' sake.
+constexpr int64_t PIECE = 1024;
+static inline float exponentials(const Number* x, int64_t count, float top) {
+    float total = 0;
+    for (int64_t from = 0; from < count; from += PIECE) {
+        int64_t to = std::min(count, from + PIECE);
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = from; i < to; i++) sum += exponential<int32_t>(wide(x[i]) - top);
+        total += sum;
+    }
+    return total;
+}
+
+// A row of logits becomes cross-entropy's gradient; label is -1 where it is in another part of the vocabulary.
+static inline void gradient(Number* x, int64_t vocab, int64_t label, float log_sum, float d_nll) {
+    float own = label < 0 ? 0.0f : exponential<int32_t>(wide(x[label]) - log_sum) - 1.0f;
+#pragma omp simd
+    for (int64_t i = 0; i < vocab; i++) narrow(exponential<int32_t>(wide(x[i]) - log_sum) * d_nll, x + i);
+    if (label >= 0) narrow(own * d_nll, x + label);
+}
+
+extern "C" void entropy(Number* logits, const int64_t* labels, const float* d_nll, float* nll, int64_t rows,
+                        int64_t vocab) {
+    each(rows, vocab, [=](int64_t row) {
+        Number* x = logits + row * vocab;
+        float top = wide(x[0]);
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < vocab; i++) top = std::max(top, wide(x[i]));
+        float log_sum = top + std::log(exponentials(x, vocab, top));
+        nll[row] = log_sum - wide(x[labels[row]]);
+        gradient(x, vocab, labels[row], log_sum, d_nll[row]);
+    });
+}
+
+extern "C" void vocabulary_sums(const Number* logits, const int64_t* labels, const float* top, float* sums,
+                                int64_t rows, int64_t vocab) {
+    each(rows, vocab, [=](int64_t row) {
+        const Number* x = logits + row * vocab;
+        sums[row] = exponentials(x, vocab, top[row]);
+        sums[rows + row] = labels[row] < 0 ? 0.0f : wide(x[labels[row]]) - top[row];
+    });
+}
+
+extern "C" void vocabulary_gradient(Number* logits, const int64_t* labels, const float* log_sum, const float* d_nll,
+                                    int64_t rows, int64_t vocab) {
+    each(rows, vocab, [=](int64_t row) {
+        gradient(logits + row * vocab, vocab, labels[row], log_sum[row], d_nll[row]);
+    });
+}
+
+// rates: lr / (1 - beta1^t), sqrt(1 - beta2^t) and 1 - lr · decay. rounded may be null.
+extern "C" void adamw(float* p, const float* g, float* m, float* v, Number* rounded, const float* factor,
+                      const float* rates, int64_t count, double beta1, double beta2, double eps) {
+    constexpr int64_t PART = 4096;
+    float clip = *factor, step = rates[0], root = rates[1], kept = rates[2];
+    float first = 1 - beta1, second = beta2, rest = 1 - beta2, small = eps;
+    each((count + PART - 1) / PART, PART, [=](int64_t part) {
+        int64_t to = std::min(count, (part + 1) * PART);
+#pragma omp simd
+        for (int64_t i = part * PART; i < to; i++) {
+            float grad = g[i] * clip;
+            m[i] += (grad - m[i]) * first;
+            v[i] = v[i] * second + grad * grad * rest;
+            p[i] = p[i] * kept - step * m[i] / (std::sqrt(v[i]) / root + small);
+        }
+        if (rounded)
+#pragma omp simd
+            for (int64_t i = part * PART; i < to; i++) narrow(p[i], rounded + i);
+    });
 }
 """
 
@@ -945,6 +1265,7 @@ class Engine:
         self.recipe, self.device, self.dtype, self.group = recipe, device, dtype, group
         self.attention = compiled_attention(ATTENTION_SOURCE, GROUPS, HEADS_PER_GROUP, HEAD_DIM, ATTENTION_SCALE, dtype)
         self.products = compiled_products(PRODUCTS_SOURCE, dtype)
+        self.regions = compiled(REGIONS_SOURCE, dtype)
         self.weight, self.grad = Flat(device, dtype), Flat(device, torch.float32)
         self.bounds = part_bounds(1 if group is None else dist.get_world_size(group))
         rank = 0 if group is None else dist.get_rank(group)
@@ -967,7 +1288,7 @@ class Engine:
         w, kept = self.weight, []
         self.arrive("model.embed_tokens", "vectors")
         x = w["model.embed_tokens.weight"].index_select(0, micro.tokens.reshape(-1))
-        h, inverse = norm_region(x, w["model.layers.0.input_layernorm.weight"], EPS)
+        h, inverse = norm_native(self.regions, x, w["model.layers.0.input_layernorm.weight"], EPS)
         for i in range(LAYERS):
             self.arrive(f"model.layers.{i}")
             following = f"model.layers.{i + 1}.input_layernorm.weight" if i + 1 < LAYERS else "model.norm.weight"
@@ -987,13 +1308,15 @@ class Engine:
             self.attention, rows, micro.cos, micro.sin, micro.first, s, GROUPS * HEADS_PER_GROUP
         )
         branch = product_native(self.products, context, w[attn + "o_proj.weight"])
-        middle, normed2, inverse2 = residual_norm_region(
-            x, branch, w[layer + "post_attention_layernorm.weight"], EPS, RESIDUAL_SCALE
+        middle, normed2, inverse2 = residual_norm_native(
+            self.regions, x, branch, w[layer + "post_attention_layernorm.weight"], EPS, RESIDUAL_SCALE
         )
         gate_up = product_native(self.products, normed2, w[mlp + "gate_up_proj.weight"])
-        activated = swiglu_region(gate_up)
+        activated = swiglu_native(self.regions, gate_up)
         branch = product_native(self.products, activated, w[mlp + "down_proj.weight"])
-        after, normed, following_inverse = residual_norm_region(middle, branch, following, EPS, RESIDUAL_SCALE)
+        after, normed, following_inverse = residual_norm_native(
+            self.regions, middle, branch, following, EPS, RESIDUAL_SCALE
+        )
         kept = Kept(x, h, inverse, rows, log_sum, context, middle, normed2, inverse2, gate_up, activated)
         return after, normed, following_inverse, kept
 
@@ -1011,7 +1334,9 @@ class Engine:
         for start in range(0, h.shape[0], HEAD_ROWS):
             part = slice(start, start + HEAD_ROWS)
             logits = product_native(self.products, h[part], weight)
-            nll[part] = entropy_region(logits, micro.labels[part], d_nll[part])  # logits: their gradient from here
+            nll[part] = entropy_native(
+                self.regions, logits, micro.labels[part], d_nll[part]
+            )  # logits: their gradient from here
             if train:
                 d_h[part] = product_native(self.products, logits, weight.t())
                 self.add_product("lm_head.weight", logits, h[part], replace=self.first and start == 0)
@@ -1036,7 +1361,9 @@ class Engine:
         x, h, inverse, kept = self.trunk(micro)
         loss, d_h = self.head(h, micro, denominator, train=True)
         self.send("lm_head")
-        dx, d_weight = norm_backward_region(x, inverse, w["model.norm.weight"], d_h, torch.zeros_like(d_h))
+        dx, d_weight = norm_backward_native(
+            self.regions, x, inverse, w["model.norm.weight"], d_h, torch.zeros_like(d_h)
+        )
         self.add("model.norm.weight", d_weight)
         for i in reversed(range(LAYERS)):
             dx = self.layer_backward(f"model.layers.{i}.", dx, kept.pop(), micro)
@@ -1054,13 +1381,13 @@ class Engine:
         attn, mlp = layer + "self_attn.", layer + "mlp."
         d_branch = dx
         self.add_product(mlp + "down_proj.weight", d_branch, kept.activated)
-        d_gate_up = swiglu_backward_region(
-            kept.gate_up, product_native(self.products, d_branch, w[mlp + "down_proj.weight"].t())
+        d_gate_up = swiglu_backward_native(
+            self.regions, kept.gate_up, product_native(self.products, d_branch, w[mlp + "down_proj.weight"].t())
         )
         self.add_product(mlp + "gate_up_proj.weight", d_gate_up, kept.normed2)
         d_normed = product_native(self.products, d_gate_up, w[mlp + "gate_up_proj.weight"].t())
         name = layer + "post_attention_layernorm.weight"
-        dx, d_weight = norm_backward_region(kept.middle, kept.inverse2, w[name], d_normed, dx)
+        dx, d_weight = norm_backward_native(self.regions, kept.middle, kept.inverse2, w[name], d_normed, dx)
         self.add(name, d_weight)
         d_branch = dx
         self.add_product(attn + "o_proj.weight", d_branch, kept.context)
@@ -1071,7 +1398,7 @@ class Engine:
         self.add_product(attn + "qkv_proj.weight", d_qkv, kept.normed1)
         d_normed = product_native(self.products, d_qkv, w[attn + "qkv_proj.weight"].t())
         name = layer + "input_layernorm.weight"
-        dx, d_weight = norm_backward_region(kept.x, kept.inverse1, w[name], d_normed, dx)
+        dx, d_weight = norm_backward_native(self.regions, kept.x, kept.inverse1, w[name], d_normed, dx)
         self.add(name, d_weight)
         return dx
 
@@ -1156,7 +1483,7 @@ class Engine:
                 buffers = [flat[part] for flat in (self.master, grad, self.exp_avg, self.exp_avg_sq)]
                 rounded = None if self.dtype == torch.float32 else weight[part]
                 rates = torch.tensor([step, root, 1 - lr * decay], device=self.device)
-                adamw_region(*buffers, rounded, factor, rates, r["beta1"], r["beta2"], r["eps"])
+                adamw_native(self.regions, *buffers, rounded, factor, rates, r["beta1"], r["beta2"], r["eps"])
         self.publish()
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """A pre-training engine for nano-cpu, written by ForgeTrain: forward, loss, backward, update.
 
 Aligned with megatron in fp32: torch 2.13.0, device cpu, processor AMD EPYC, capability AVX2, threads 2, ranks 1, megatron-core 0.16.1.
-Golden record 28780148c8ef3906fd4322be7e0530481b7bdda827f5281ab27b9e74db419f6c.
+Golden record f5418d504361b98b9a02a0ed5bae1e2a27e1616e9e3de7b87b3a6ad4d39187e5.
 Its verdicts are kept under this file's SHA-256, in verdicts.json beside it.
 
 Plan:
