@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from forgetrain.engine.write import source_hash
-from forgetrain.numerics.runtime import RUNTIME
+from forgetrain.numerics.runtime import runtime
 from forgetrain.spec.estimate import flops_per_token
 from forgetrain.spec.target import Target, load_target
 
@@ -100,7 +100,7 @@ def contestants(args: argparse.Namespace, target: Target) -> dict[str, Contestan
     for name, (kind, mode, dtype, python) in wanted.items():
         settings = {"target": plain, "engine": str(args.engine), "mode": mode, "dtype": dtype}
         ours = args.same_runtime or kind in ("engine", "products")
-        held[name] = Contestant(kind, python, settings, RUNTIME if ours else {}, log)
+        held[name] = Contestant(kind, python, settings, runtime() if ours else {}, log)
     return held
 
 
