@@ -22,7 +22,7 @@ PRODUCTION = Plan(
 
 @pytest.fixture
 def eager():
-    """Regions run uncompiled: what is tested is the arithmetic, and compiling takes a second for each."""
+    """Regions of torch's run uncompiled: what is tested is the arithmetic, and compiling takes a second for each."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -53,7 +53,6 @@ def worst_difference(target, folder, precision="fp32", plan=PRODUCTION):
     )
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("documents", ["ignore", "mask", "mask+reset"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_the_explicit_schedules(architecture, documents, tmp_path):
@@ -71,7 +70,6 @@ def test_what_torch_has_itself(documents, key, name, tmp_path):
     assert worst_difference(target, tmp_path, plan=PRODUCTION.with_choice(key, name)) < 1e-5
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("documents", ["ignore", "mask"])
 @pytest.mark.parametrize(("heads", "groups", "size"), [(8, 1, 16), (6, 2, 32), (2, 2, 6)])
 def test_the_native_kernel_of_other_sizes(heads, groups, size, documents, tmp_path):
@@ -93,7 +91,6 @@ def test_native_kernels_are_for_cpus():
     assert write_engine(target, plan)
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("architecture", ["minicpm5", "qwen3"])
 def test_blocks_that_do_not_divide_the_sequence(architecture, tmp_path):
     target = tiny_target(
@@ -104,12 +101,10 @@ def test_blocks_that_do_not_divide_the_sequence(architecture, tmp_path):
     assert worst_difference(target, tmp_path) < 1e-5
 
 
-@pytest.mark.usefixtures("eager")
 def test_bf16_stays_within_its_rounding(tmp_path):
     assert worst_difference(tiny_target(), tmp_path, "bf16") < 3e-2
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize(("architecture", "precision", "near"), [("qwen2", "fp32", 1e-5), ("tied", "bf16", 3e-2)])
 def test_muon_steps_the_layers_matrices_as_the_explicit_schedule_does(architecture, precision, near, tmp_path):
     target = tiny_target(architecture, recipe={"optimizer": "muon"})
@@ -127,7 +122,6 @@ def test_muon_steps_the_layers_matrices_as_the_explicit_schedule_does(architectu
         assert float((found[f"master/{name}"].tensor - weight - moved).norm() / moved.norm()) < 30 * near, name
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_restoring_a_state_goes_on_bit_for_bit(optimizer, tmp_path):
     target = tiny_target(recipe={"optimizer": optimizer})
@@ -145,7 +139,6 @@ def test_restoring_a_state_goes_on_bit_for_bit(optimizer, tmp_path):
         assert torch.equal(second.state()[name].tensor, shard.tensor), name
 
 
-@pytest.mark.usefixtures("eager")
 def test_a_norm_that_is_not_finite_moves_nothing(tmp_path):
     target = tiny_target()
     engine = engine_of(target, PRODUCTION, tmp_path)

@@ -8,6 +8,7 @@ import torch
 
 from forgetrain.ops import native_regions, regions
 from forgetrain.ops.native import compiled, kernel_source
+from tests.ops.test_native import error, on_threads
 
 ROWS, WIDTH = 70, 101
 GENERATOR = torch.Generator().manual_seed(0)
@@ -80,7 +81,7 @@ def test_a_kernel_computes_what_its_formula_says(kernels, dtype, native):
     for value, exact in pairs:
         assert value.shape == exact.shape
         limit = 2e-6 if dtype == torch.float32 else 2**-8
-        assert float((value.double() - exact).norm() / exact.norm()) < limit
+        assert error(value, exact) < limit
         near = exact.abs().maximum(exact.abs().mean())
         assert float(((value.double() - exact).abs() / near).max()) < 30 * limit
 
@@ -94,14 +95,11 @@ def test_every_region_of_rows_has_a_kernel():
 def test_bits_do_not_depend_on_the_number_of_threads(kernels, dtype):
     arguments = given("norm_backward", dtype)
     arguments = tuple(a.repeat(20, 1) if a.shape[0] == ROWS else a for a in arguments)
-    results = []
-    before = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(native_regions.norm_backward_native(kernels, *arguments))
-    torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    first, *others = (
+        on_threads(threads, lambda: native_regions.norm_backward_native(kernels, *arguments)) for threads in (1, 2, 3)
+    )
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
 
 
 def test_what_is_not_a_number_is_told(kernels, dtype):

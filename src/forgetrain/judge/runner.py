@@ -208,7 +208,7 @@ class Judge:
             trial = Trial(self, frozen, box, draw_seed(), champion, second, bitwise=bitwise)
             sandboxed = box.sandboxed and all(verdict.sandboxed for verdict in done)
             judgement = Judgement(digest, list(done), sandbox=box.description, sandboxed=sandboxed)
-            over = {_name_of(verdict.gate, known) for verdict in done}
+            over = {name_of(verdict.gate, known) for verdict in done}
             for name in known:
                 if name in over or (gates is not None and name not in gates):
                     continue
@@ -312,7 +312,7 @@ class Judge:
         )
 
 
-def _name_of(gate: str, known: Sequence[str]) -> str:
+def name_of(gate: str, known: Sequence[str]) -> str:
     """The gate that gave a verdict: G7.replay's is G7, G4.update has a name of its own."""
     return gate if gate in known else gate.partition(".")[0]
 

@@ -42,9 +42,9 @@ def runtime() -> dict[str, str]:
 def prepare_process() -> None:
     """The same for this process, unless its user decided otherwise. Waiting is without effect once torch was
     imported."""
-    if not any(name in os.environ for name in _WAITING):
-        os.environ["GOMP_SPINCOUNT"] = _RUNTIME["GOMP_SPINCOUNT"]
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", _RUNTIME["TORCHINDUCTOR_VEC_ISA_OK"])
+    for name, value in runtime().items():
+        if not name.startswith("MALLOC_"):  # which is read before a process begins
+            os.environ.setdefault(name, value)
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from forgetrain.judge.runner import NUMERIC
+from forgetrain.judge.runner import NUMERIC, name_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Attack:
     @property
     def gates(self) -> tuple[str, ...]:
         """Those that are run, as the judge calls them: ``gate`` may be a part, as G7.replay is."""
-        parts = (gate if gate in NUMERIC else gate.partition(".")[0] for gate in self.gate.split(" or "))
-        return tuple(dict.fromkeys(parts))
+        return tuple(dict.fromkeys(name_of(gate, NUMERIC) for gate in self.gate.split(" or ")))
 
     @property
     def cheap(self) -> bool:
