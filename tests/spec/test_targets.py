@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
 import tomllib
 from pathlib import Path
 
@@ -14,6 +16,42 @@ from forgetrain.spec.target import Target, load_target, parse_target
 from forgetrain.spec.toml import to_toml
 
 FILES = sorted((Path(__file__).parents[2] / "targets").glob("*.toml"))
+
+
+class Interruption(BaseException):
+    pass
+
+
+def interrupted(work, call):
+    """What comes out of ``work`` when an interruption falls on its ``call``-th call of Python code; False where it has
+    fewer. Ctrl-C is raised wherever the program is, also in what a library calls."""
+    calls = 0
+
+    def interrupt(frame, event, _):
+        nonlocal calls
+        calls += event == "call"
+        if calls == call:
+            raise Interruption
+
+    sys.setprofile(interrupt)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls >= call
+
+
+@pytest.mark.parametrize("what", ["load", "plain", "toml"])
+def test_an_interruption_is_not_made_another_error(what):
+    target = load("nano-cpu")
+    file = next(file for file in FILES if file.stem == "nano-cpu")
+    work = {"load": lambda: load_target(file), "plain": target.plain, "toml": lambda: to_toml(target)}[what]
+    for call in itertools.count(1):
+        try:
+            if not interrupted(work, call):
+                break
+        except Interruption:
+            pass
 
 
 def load(name: str, *overrides: str) -> Target:

@@ -19,9 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
@@ -82,11 +80,6 @@ class Precision(Section):
         if self.scaling == "block" and self.dtype != "fp8":
             raise ValueError(f"scaling = 'block' is of fp8 operands, and dtype = {self.dtype!r}; leave it out")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_scaling(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Where nothing is scaled the key says nothing: records, ledgers and checkpoints from before it stay good."""
-        return {key: value for key, value in plain(self).items() if key != "scaling" or self.dtype == "fp8"}
 
     @property
     def kept(self) -> Literal["fp32", "bf16"]:
@@ -388,9 +381,14 @@ class Target(Section):
                 )
         return self
 
-    def plain(self) -> dict[str, Any]:
-        """This target as nested plain values, the form in which engines receive it."""
-        return self.model_dump(mode="json")
+    def plain(self, *, exclude_none: bool = False, exclude_defaults: bool = False) -> dict[str, Any]:
+        """This target as nested plain values, as engines receive it; the options are those of ``model_dump``."""
+        tree = self.model_dump(mode="json", exclude_none=exclude_none, exclude_defaults=exclude_defaults)
+        if self.precision.dtype != "fp8":
+            # where nothing is scaled the key says nothing: records, ledgers and checkpoints from before it stay good.
+            # Not a serializer of that section's: pydantic calls it, and makes an error of its own of an interruption
+            tree.get("precision", {}).pop("scaling", None)
+        return tree
 
     def without_stages(self) -> Target:
         """This target with one stage, at the recipe's shape: what engines are judged at."""

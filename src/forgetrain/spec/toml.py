@@ -18,7 +18,7 @@ def to_toml(target: Target, *, comment: str = "", defaults: bool = True) -> str:
 
     ``comment``: lines for the top of the file, without their ``#``.
     """
-    tree = target.model_dump(mode="json", exclude_none=True, exclude_defaults=not defaults)
+    tree = target.plain(exclude_none=True, exclude_defaults=not defaults)
     lines = [f"# {line}".rstrip() for line in comment.splitlines()]
     lines += ["", f"name = {_value(tree.pop('name'))}"] if lines else [f"name = {_value(tree.pop('name'))}"]
     for section, values in tree.items():
