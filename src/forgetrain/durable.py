@@ -37,6 +37,18 @@ def read_json(path: Path, remedy: str) -> Any:
         raise UserError(f"not valid JSON ({error})", file=path, remedy=remedy) from None
 
 
+def read_object(path: Path, remedy: str, **kinds: type) -> dict[str, Any]:
+    """The JSON object in ``path``, in which these keys have values of these types. Raises UserError for any other."""
+    found = read_json(path, remedy)
+    if not isinstance(found, dict):
+        raise UserError("is not a JSON object", file=path, remedy=remedy)
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key), kind):
+            wrong = "is missing" if key not in found else f"is not of type {kind.__name__}"
+            raise UserError(wrong, file=path, key=key, remedy=remedy)
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON durably: a reader sees the old content or the new, never a part."""
     write_text(path, json.dumps(value, indent=1) + "\n")

@@ -80,3 +80,20 @@ def test_a_changed_engine_and_a_missing_provenance_are_refused(folder):
     (folder / "provenance.json").unlink()
     with pytest.raises(UserError, match="is missing"):
         run(folder)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ([], r"provenance\.json: is not a JSON object"),
+        (None, r"provenance\.json: is not a JSON object"),
+        ({"sha256": "x", "target": {}}, "verdicts: is missing"),
+        ({"sha256": "x", "target": [], "verdicts": []}, "target: is not of type dict"),
+        ({"sha256": "x", "target": {}, "verdicts": []}, r"verdicts: has none to compare with. .*forgetrain judge"),
+        ({"sha256": "x", "target": {}, "verdicts": [1]}, "verdicts: are no verdicts"),
+    ],
+)
+def test_what_is_no_provenance_is_told(folder, record, said):
+    (folder / "provenance.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=said):
+        run(folder)

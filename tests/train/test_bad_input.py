@@ -1,6 +1,7 @@
 """What is wrong outside the program: one line that names it, exit code 2, and nothing lost."""
 
 import errno
+import json
 import os
 import resource
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from forgetrain.cli.main import main
+from forgetrain.durable import sha256_file
 from forgetrain.train import checkpoint
 from tests.corpus import built
 from tests.engine.toy import toy
@@ -117,14 +119,34 @@ def test_a_full_disk_in_the_middle_of_a_save_is_one_line_and_the_run_goes_on_lat
     assert summary(tmp_path)["weight_sha256"] == whole
 
 
+@pytest.mark.parametrize(("record", "said"), [([], "is not a JSON object"), ({}, "target: is missing")])
+def test_a_run_without_its_record_is_told(tmp_path, command, record, said):
+    folder = tmp_path / "runs" / "tiny" / "train"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(record))
+    code, err = command("train", folder.parent, "--resume")
+    assert code == 2
+    one_line(err, f"run.json: {said}. Name the target file instead")
+
+
+def test_a_record_that_holds_no_verdicts_is_told(tmp_path, command):
+    target = write_target(tmp_path)
+    engine = write_engine_file(target, tmp_path / "fast.py")
+    record = {"sha256": sha256_file(engine), "verdicts": [1]}
+    (tmp_path / "verdicts.json").write_text(json.dumps(record))
+    code, err = command("train", target, "--engine", engine, "--dry-run")
+    assert code == 2
+    one_line(err, "verdicts.json: verdicts: are no verdicts. Have the engine judged again")
+
+
 def test_an_engine_that_this_machine_cannot_build_is_told_in_one_line(tmp_path, monkeypatch, command):
     target = write_target(tmp_path)
     assert command("data", "build", target)[0] == 0
     engine = write_engine_file(target, tmp_path / "fast.py")
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", str(tmp_path))
     code, err = command("train", target, "--engine", engine, "--unverified")
     assert code == 2
-    one_line(err, f"{engine}: cannot be built here: its kernels are built by GCC, which is not here")
+    one_line(err, f"{engine}: cannot be built here: its kernels are built by GCC's g++, which is not here")
     assert not list((tmp_path / "runs/tiny/checkpoints").iterdir())
 
 

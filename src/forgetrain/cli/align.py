@@ -13,9 +13,9 @@ from forgetrain.cli.common import (
     Overrides,
     RunsFolder,
     TargetFile,
-    console,
     emit,
     read_target,
+    say,
     stages,
 )
 from forgetrain.errors import UserError
@@ -50,9 +50,6 @@ def command(
         raise UserError("no such engine file", file=engine, remedy="name an engine's .py file")
     alignable(target)
     folder = runs / target.name
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     try:
         with stages() as report:

@@ -14,6 +14,7 @@ from forgetrain.cli.common import (
     console,
     emit,
     read_target,
+    say,
     stages,
 )
 
@@ -31,10 +32,10 @@ def command(
         with stages() as report:
             record = collect(target, folder, report)
     except ReferenceRejected as rejected:
-        console.print(Text.assemble(("G0 failed", "red"), f" {rejected}"))
+        console.print(Text.assemble(("G0 failed", "red"), f" {rejected}"), soft_wrap=True)
         emit({"golden": None, "verdicts": [rejected.verdict.as_dict()]}, as_json)
         raise typer.Exit(1) from None
     verdict = record.manifest["verdicts"][0]
-    console.print(Text.assemble(("G0 passed", "green"), f" {verdict['explanation']}"))
-    console.print(f"golden record: {folder}", soft_wrap=True)
+    console.print(Text.assemble(("G0 passed", "green"), f" {verdict['explanation']}"), soft_wrap=True)
+    say(f"golden record: {folder}")
     emit({"golden": str(folder), "environment": record.manifest["environment"], "verdicts": [verdict]}, as_json)

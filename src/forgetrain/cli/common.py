@@ -15,8 +15,8 @@ from rich.console import Console
 from forgetrain.spec.target import Target, load_target
 
 #: Progress and prose go to stderr, so that stdout carries results (and with --json one object, last).
-#: Square brackets in paths and in what proposers write are text, not markup.
-console = Console(stderr=True, markup=False)
+#: Square brackets in paths and in what proposers write are text, not markup, and numbers in them are no highlights.
+console = Console(stderr=True, markup=False, highlight=False)
 
 TargetFile = Annotated[Path, typer.Argument(metavar="TARGET", help="A target file, for example targets/nano-cpu.toml.")]
 Overrides = Annotated[
@@ -26,6 +26,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object last."
 RunsFolder = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
 
 DEFAULT_RUNS = Path("runs")
+
+
+def say(line: str, style: str | None = None) -> None:
+    """A line as it is: only a terminal breaks it."""
+    console.print(line, style=style, soft_wrap=True)
 
 
 def read_target(path: Path, overrides: list[str] | None) -> Target:
@@ -43,7 +48,7 @@ def stages() -> Iterator[Callable[[str, float], None]]:
             nonlocal last
             if stage != last:
                 last = stage
-                console.print(f"{time.monotonic() - began:5.0f} s  {stage}", markup=False, highlight=False)
+                say(f"{time.monotonic() - began:5.0f} s  {stage}")
 
         yield write
         return

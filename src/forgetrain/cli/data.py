@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target, say
 from forgetrain.data.build import build_data
 from forgetrain.data.folder import DataFolder, open_data
 from forgetrain.data.progress import Display
-from forgetrain.train.display import say
 
 if TYPE_CHECKING:
     from forgetrain.data.loader import Loader
@@ -37,8 +36,8 @@ def build(
         data = build_data(target, runs / target.name / "data", force=force, workers=workers, report=display.show)
     seconds = round(time.monotonic() - began, 2)
     for line in _lines(data):
-        say(console, line)
-    say(console, f"{seconds:,} s")
+        say(line)
+    say(f"{seconds:,} s")
     emit(data.manifest | {"seconds": seconds, "folder": str(data.folder), "sha256": data.sha256}, as_json)
 
 
@@ -70,7 +69,7 @@ def inspect(
     if not result:
         result = _row(data, loader, step, row)
         where = f"{result['stage']}, step {step}" if result["stage"] else f"step {step}"
-        say(console, f"{where}, row {row}: window {result['window']} of {result['source']}, epoch {result['epoch']}")
+        say(f"{where}, row {row}: window {result['window']} of {result['source']}, epoch {result['epoch']}")
         _show(as_json, [result["text"]])
     emit(result, as_json)
 

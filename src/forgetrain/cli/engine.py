@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forgetrain.cli.common import Json, Overrides, TargetFile, console, emit, read_target
+from forgetrain.cli.common import Json, Overrides, TargetFile, emit, read_target, say
 from forgetrain.durable import write_text
 from forgetrain.errors import UserError
 
@@ -43,8 +43,6 @@ def write(
             raise UserError("is no name for an engine file", file=out, remedy="name a file that ends in .py")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, source)
-        console.print(
-            f"{out}: {len(source.splitlines())} lines, sha256 {source_hash(source)}", highlight=False, soft_wrap=True
-        )
+        say(f"{out}: {len(source.splitlines())} lines, sha256 {source_hash(source)}")
     result = {"engine": None if out is None else str(out), "sha256": source_hash(source)}
     emit(result | ({"source": source} if out is None else {}), as_json)

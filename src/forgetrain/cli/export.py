@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from forgetrain.cli.common import Json, console, emit
+from forgetrain.cli.common import Json, emit, say
 from forgetrain.errors import UserError
-from forgetrain.train.display import say
 
 
 def command(
@@ -28,16 +27,15 @@ def command(
         raise UserError("no such format", key="--to", value=to, remedy="the format is hf")
     if dtype is not None and dtype not in DTYPES:
         raise UserError("no such dtype", key="--dtype", value=dtype, remedy=f"one of {', '.join(DTYPES)}")
-    exported = export_hf(source, out, dtype=dtype, say=lambda line: say(console, line, "yellow"))
+    exported = export_hf(source, out, dtype=dtype, say=lambda line: say(line, "yellow"))
     size = f"{exported.parameters:,} parameters, {exported.dtype}"
-    say(console, f"{exported.folder}: {exported.architecture} of step {exported.step}, {size}")
+    say(f"{exported.folder}: {exported.architecture} of step {exported.step}, {size}")
     result = {key: str(value) if isinstance(value, Path) else value for key, value in vars(exported).items()}
     passed = True
     if check:
         parity = logits_parity(exported)
         passed = parity.passed
         say(
-            console,
             f"logits {'equal' if passed else 'DIFFER FROM'} the engine's ({parity.engine}): largest difference "
             f"{parity.max_difference:.1e} of logits up to {parity.largest:.1f}, tolerance {TOLERANCE:g} of the largest",
         )

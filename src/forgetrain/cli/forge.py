@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target, say
 from forgetrain.cli.run import Shown
 from forgetrain.errors import UserError
 
@@ -71,13 +71,13 @@ def command(
     if not prepared.passed:
         emit(prepared.as_dict(), as_json)
         raise typer.Exit(1)
-    with open_loop(target, runs, proposer, say=_say, allow_unsandboxed=allow_unsandboxed, on_cluster=ray) as loop:
+    with open_loop(target, runs, proposer, say=say, allow_unsandboxed=allow_unsandboxed, on_cluster=ray) as loop:
         outcome = loop.run()
         report = write_forge_report(target, loop.ledger, runs / target.name / "forge.html")
-    _say(f"{outcome.ended}. {outcome.attempts} attempts, {outcome.elections} elected")
+    say(f"{outcome.ended}. {outcome.attempts} attempts, {outcome.elections} elected")
     if outcome.folder is not None:
-        _say(f"champion {outcome.champion[:12]}, {outcome.gain:.3f} times the aligned engine: {outcome.folder}")
-    _say(f"report: {report}")
+        say(f"champion {outcome.champion[:12]}, {outcome.gain:.3f} times the aligned engine: {outcome.folder}")
+    say(f"report: {report}")
     emit({**outcome.as_dict(), "report": str(report)}, as_json)
     if outcome.verified is False:
         raise typer.Exit(1)
@@ -108,12 +108,8 @@ def submit(
     if not prepared.passed:
         emit(prepared.as_dict(), as_json)
         raise typer.Exit(1)
-    with open_loop(target, runs, say=_say, allow_unsandboxed=allow_unsandboxed) as loop:
+    with open_loop(target, runs, say=say, allow_unsandboxed=allow_unsandboxed) as loop:
         outcome = loop.submit(Proposal(source, message))
     emit(outcome.as_dict(), as_json)
     if not outcome.ended.startswith("elected"):
         raise typer.Exit(1)
-
-
-def _say(line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forgetrain.cli.common import Json, console, emit
-from forgetrain.train.display import say
+from forgetrain.cli.common import Json, emit, say
 
 
 def command(
@@ -26,8 +25,8 @@ def command(
     from forgetrain.publish.generate import generate  # loads torch
 
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    reply = generate(source, prompt, **options, say=lambda line: say(console, line, "yellow"))
+    reply = generate(source, prompt, **options, say=lambda line: say(line, "yellow"))
     if not as_json:
         print(reply.prompt + reply.text)
-    say(console, f"{reply.tokens} tokens in {reply.seconds:.1f} s")
+    say(f"{reply.tokens} tokens in {reply.seconds:.1f} s")
     emit(vars(reply), as_json)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target
-from forgetrain.durable import read_json, sha256_file, write_json
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, emit, read_target, say
+from forgetrain.durable import read_object, sha256_file, write_json
 from forgetrain.errors import UserError
+from forgetrain.gates.verdict import Verdict, require_verdicts
 
 if TYPE_CHECKING:
-    from forgetrain.gates.verdict import Verdict
     from forgetrain.judge.runner import Judgement
     from forgetrain.spec.target import Target
 
@@ -93,12 +92,10 @@ def explain(verdict: Verdict) -> None:
     from forgetrain.judge.words import QUESTIONS
 
     answer = "passed" if verdict.passed else "FAILED"
-    console.print(
-        f"{verdict.gate} {answer}. {QUESTIONS.get(verdict.gate, '')}", markup=False, highlight=False, soft_wrap=True
-    )
-    console.print(f"    {verdict.explanation}", markup=False, highlight=False, soft_wrap=True)
+    say(f"{verdict.gate} {answer}. {QUESTIONS.get(verdict.gate, '')}")
+    say(f"    {verdict.explanation}")
     if not verdict.passed and verdict.first_divergence:
-        console.print(f"    first seen in {verdict.first_divergence}", markup=False, highlight=False, soft_wrap=True)
+        say(f"    first seen in {verdict.first_divergence}")
 
 
 def _say(judgement: Judgement, counts: bool) -> None:
@@ -114,7 +111,7 @@ def _say(judgement: Judgement, counts: bool) -> None:
     if not counts:
         lines.append("nothing kept it from this machine's files and network: it counts with --allow-unsandboxed only")
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def _say_done(done: list[Verdict], resume: bool) -> None:
@@ -124,7 +121,7 @@ def _say_done(done: list[Verdict], resume: bool) -> None:
         line = "no judging of this very question was cut off; from the beginning"
     else:
         return
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(line)
 
 
 def as_plain(judgement: Judgement) -> dict[str, Any]:
@@ -145,18 +142,15 @@ def record(file: Path, judgement: Judgement) -> Path | None:
     path = file.parent / RECORD
     verdicts = {verdict.gate: verdict.as_dict() for verdict in judgement.verdicts}
     if path.is_file():
-        before = read_json(path, "move it away")
+        before = read_object(path, "move it away")
         owner = before.get("sha256")
         theirs = [other for other in file.parent.glob("*.py") if other != file and sha256_file(other) == owner]
         if owner != judgement.candidate and theirs:
-            console.print(
-                f"not recorded: {path} is of {theirs[0].name}; judge {file.name} in a folder of its own to use it",
-                highlight=False,
-                soft_wrap=True,
-            )
+            say(f"not recorded: {path} is of {theirs[0].name}; judge {file.name} in a folder of its own to use it")
             return None
         if owner == judgement.candidate:
-            verdicts = {verdict["gate"]: verdict for verdict in before.get("verdicts", [])} | verdicts
+            require_verdicts(before.get("verdicts"), path)
+            verdicts = {verdict["gate"]: verdict for verdict in before["verdicts"]} | verdicts
     write_json(path, {"sha256": judgement.candidate, "verdicts": list(verdicts.values())})
     return path
 
@@ -164,4 +158,4 @@ def record(file: Path, judgement: Judgement) -> Path | None:
 def roofline_seconds(target: Target) -> float:
     from forgetrain.judge.bound import least_step_seconds
 
-    return least_step_seconds(target, partial(console.print, markup=False, highlight=False, soft_wrap=True))
+    return least_step_seconds(target, say)

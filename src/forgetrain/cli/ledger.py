@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, RunsFolder, console, emit
+from forgetrain.cli.common import DEFAULT_RUNS, Json, RunsFolder, console, emit, say
 from forgetrain.errors import UserError
 from forgetrain.judge.ledger import Ledger
 from forgetrain.judge.schema import TABLES
@@ -62,14 +62,12 @@ def show(candidate: Candidate, runs: RunsFolder = DEFAULT_RUNS, as_json: Json = 
         attempts = ledger.query("SELECT * FROM attempts WHERE candidate = ? ORDER BY number", (row["hash"],))
         row["source"] = str(ledger.files.path(row["hash"]))
     if not as_json:
-        console.print(
-            f"candidate {row['hash']}, by {row['proposer']}, {_when(row['added'])}: {row['message']}", soft_wrap=True
-        )
-        console.print(f"source {row['source']}, parent {row['parent'] or 'none'}", highlight=False, soft_wrap=True)
+        say(f"candidate {row['hash']}, by {row['proposer']}, {_when(row['added'])}: {row['message']}")
+        say(f"source {row['source']}, parent {row['parent'] or 'none'}")
         for verdict in verdicts:
             mark = "passed" if verdict["pass"] else "FAILED"
             box = "" if verdict["sandboxed"] else " (unsandboxed)"
-            console.print(f"{verdict['purpose']} {verdict['gate']} {mark}{box}: {verdict['explanation']}", markup=False)
+            say(f"{verdict['purpose']} {verdict['gate']} {mark}{box}: {verdict['explanation']}")
     emit({"candidate": row, "verdicts": verdicts, "attempts": attempts}, as_json)
 
 
@@ -103,7 +101,7 @@ def lineage(candidate: Candidate, runs: RunsFolder = DEFAULT_RUNS, as_json: Json
         rows = ledger.lineage(candidate)
     for depth, row in enumerate(rows):
         if not as_json:
-            console.print(f"{'  ' * depth}{row['hash'][:10]} {row['proposer']}: {row['message']}", highlight=False)
+            say(f"{'  ' * depth}{row['hash'][:10]} {row['proposer']}: {row['message']}")
     emit({"lineage": rows}, as_json)
 
 
@@ -131,7 +129,7 @@ def export(
             writer.writerows(rows)
     else:
         _write_parquet(file, columns, rows)
-    console.print(f"{len(rows)} rows of {table} written to {file}", highlight=False, soft_wrap=True)
+    say(f"{len(rows)} rows of {table} written to {file}")
     emit({"file": str(file), "table": table, "rows": len(rows)}, as_json)
 
 

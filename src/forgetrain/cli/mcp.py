@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from forgetrain.cli.common import DEFAULT_RUNS, Overrides, RunsFolder, TargetFile, console, read_target
+from forgetrain.cli.common import DEFAULT_RUNS, Overrides, RunsFolder, TargetFile, console, read_target, say
 from forgetrain.cli.run import Shown
 from forgetrain.errors import UserError
 
@@ -39,7 +39,6 @@ def command(
     target = read_target(target_file, overrides)
     if not prepare(target, runs, Shown(console, stages=3)).passed:
         raise UserError("does not align", file=target_file, remedy="see forgetrain align")
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     # the ledger's connection and the engines' processes belong to the thread that opened them
     with ThreadPoolExecutor(max_workers=1) as worker, ExitStack() as opened:
         room = worker.submit(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from forgetrain.cli.common import Json, console, emit
+from forgetrain.cli.common import Json, console, emit, say
 from forgetrain.errors import UserError
 
 
@@ -29,7 +29,7 @@ def command(
     rows: list[dict[str, Any]] = []
     with RedTeam() as team:
         for number, attack in enumerate(chosen, 1):
-            console.print(f"{number}/{len(chosen)} {attack.family}: {attack.name}", highlight=False, markup=False)
+            say(f"{number}/{len(chosen)} {attack.family}: {attack.name}")
             outcome = team.attack(attack)
             caught = outcome.caught_by
             rows.append(
@@ -50,7 +50,7 @@ def command(
     slipped = [row["engine"] for row in rows if row["caught_by"] is None]
     surprising = [row["engine"] for row in rows if row["caught_by"] and not row["as_expected"]]
     caught_number = len(rows) - len(slipped)
-    console.print(f"{caught_number} of {len(rows)} rejected, {len(surprising)} of them by another gate than expected")
+    say(f"{caught_number} of {len(rows)} rejected, {len(surprising)} of them by another gate than expected")
     emit({"passed": not slipped and not surprising, "attacks": rows}, as_json)
     if slipped or surprising:
         raise typer.Exit(1)

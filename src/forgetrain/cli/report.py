@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, emit, read_target, say
 from forgetrain.errors import UserError
 
 
@@ -30,5 +30,5 @@ def command(
         raise UserError("its folder does not exist", file=out, remedy="make the folder first")
     with Ledger(runs / "ledger", create=False) as ledger:
         write_forge_report(target, ledger, path)
-    console.print(str(path), highlight=False, soft_wrap=True)
+    say(str(path))
     emit({"report": str(path)}, as_json)

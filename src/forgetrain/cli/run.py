@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 from rich.text import Text
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, TargetFile, console, emit, read_target, say
 
 
 def command(
@@ -60,7 +60,7 @@ class Shown:
 
         self._number += 1
         heading = Text.assemble((f"{self._number}/{self._stages} {name}", "bold"), f"  {STAGES[name]}")
-        self.console.print(heading, highlight=False, soft_wrap=True)
+        self.console.print(heading, soft_wrap=True)
         columns = (TextColumn("  {task.description}", markup=False), BarColumn(bar_width=24), TimeElapsedColumn())
         with Progress(
             *columns,
@@ -73,7 +73,7 @@ class Shown:
             yield _Bar(progress, progress.add_task("", total=1.0))
 
     def say(self, line: str) -> None:
-        self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"  {line}", soft_wrap=True)
 
 
 class _Bar:
@@ -101,11 +101,12 @@ def _summary(outcome) -> None:
     for what, where in outcome.places.items():
         places.add_row(what, where)
     console.print(places)
-    minutes = " + ".join(f"{name} {math.ceil(seconds)} s" for name, seconds in outcome.stages.items())
-    console.print(f"{minutes} = {sum(outcome.stages.values()):.0f} s", highlight=False, soft_wrap=True)
+    whole = {name: math.ceil(seconds) for name, seconds in outcome.stages.items()}
+    parts = " + ".join(f"{name} {seconds} s" for name, seconds in whole.items())
+    say(f"{parts} = {sum(whole.values())} s")
     if outcome.stopped:
-        console.print(f"stopped after {outcome.stopped}", style="red")
+        say(f"stopped after {outcome.stopped}", style="red")
     reply = outcome.findings.get("reply")
     if reply:
-        console.print("\nThe model goes on:", style="bold")
-        console.print(reply["prompt"] + reply["text"], highlight=False, markup=False)
+        say("\nThe model goes on:", style="bold")
+        say(reply["prompt"] + reply["text"])

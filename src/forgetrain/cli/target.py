@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from forgetrain.cli.common import Json, Overrides, TargetFile, console, emit, read_target
+from forgetrain.cli.common import Json, Overrides, TargetFile, emit, read_target, say
 from forgetrain.errors import UserError
 from forgetrain.spec.estimate import parameters
 from forgetrain.spec.hf import target_from_hf
@@ -48,11 +48,9 @@ def new(
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)
-    console.print(f"{file}: {target.model.architecture}, {count.total:,} parameters", highlight=False, soft_wrap=True)
+    say(f"{file}: {target.model.architecture}, {count.total:,} parameters")
     if drawn.unread:
-        console.print(
-            f"keys that were not read: {', '.join(drawn.unread)}", style="yellow", highlight=False, soft_wrap=True
-        )
+        say(f"keys that were not read: {', '.join(drawn.unread)}", style="yellow")
     emit({"file": str(file), "parameters": count.total, "unread": drawn.unread, "target": target.plain()}, as_json)
 
 

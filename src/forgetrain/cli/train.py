@@ -7,12 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target
+from forgetrain.cli.common import DEFAULT_RUNS, Json, Overrides, RunsFolder, console, emit, read_target, say
 from forgetrain.cli.plan import plan_table
-from forgetrain.durable import read_json, sha256_file
+from forgetrain.durable import read_object, sha256_file
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Target, parse_target
-from forgetrain.train.display import say
 
 RECORD = Path("train") / "run.json"
 
@@ -76,7 +75,6 @@ def command(
     except KeyboardInterrupt:  # a second Ctrl-C, with which typer ends without a word
         if first_rank():
             say(
-                console,
                 "stopped at once by a second SIGINT, without a checkpoint; go on from the last one with --resume",
             )
         raise typer.Exit(exit_code("SIGINT")) from None
@@ -92,14 +90,12 @@ def _tell(summary: dict[str, Any], dry_run: bool) -> None:
         console.print(plan_table(summary))
     elif summary["finished"]:
         say(
-            console,
             f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; held-out loss "
             f"{summary['held_out_loss']:.4f}, unigram {summary['unigram_loss']:.4f}; {summary['checkpoint']}",
         )
     else:
         why = summary["interrupted"] or "--stop-after"
         say(
-            console,
             f"stopped by {why} after step {summary['steps']}, saved in {summary['checkpoint']}; go on with --resume",
         )
 
@@ -107,7 +103,7 @@ def _tell(summary: dict[str, Any], dry_run: bool) -> None:
 def _engine_of(run: Path) -> tuple[str | None, bool]:
     """The engine that a run's folder says it was trained with, as --engine and --unverified name it; None for the
     folder's own, which are found without being named."""
-    facts = read_json(run / RECORD, "name the target file instead")["engine"]
+    facts = read_object(run / RECORD, "name the target file instead", engine=dict)["engine"]
     name, sha256 = facts["name"], facts["sha256"]
     if sha256 is None:
         return name.rpartition(".")[2], False
@@ -131,7 +127,7 @@ def _target(path: Path, overrides: list[str] | None, runs: Path, resume: bool) -
         raise UserError("is a folder", file=path, remedy="name a target file, or add --resume to go on with that run")
     if overrides:
         raise UserError("a run's folder is resumed as it was", file=path, remedy="name the target file to use --set")
-    target = parse_target(read_json(record, "name the target file instead")["target"], file=record)
+    target = parse_target(read_object(record, "name the target file instead", target=dict)["target"], file=record)
     if target.name != path.resolve().name:
         raise UserError(f"is the run of {target.name}", file=path, remedy=f"rename the folder to {target.name}")
     return target, path.resolve().parent

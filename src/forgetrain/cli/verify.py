@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from forgetrain.cli.common import DEFAULT_RUNS, Json, RunsFolder, console, emit
+from forgetrain.cli.common import DEFAULT_RUNS, Json, RunsFolder, emit, say
 from forgetrain.cli.judge import as_plain, explain, roofline_seconds
-from forgetrain.durable import read_json, sha256_file
+from forgetrain.durable import read_object, sha256_file
 from forgetrain.errors import UserError
+from forgetrain.gates.verdict import require_verdicts
 from forgetrain.spec.target import Target, parse_target
 
 #: What of the environment is told where it differs: bits and speed depend on it.
@@ -35,12 +36,12 @@ def command(
     there = provenance.get("environment", {})
     for key in _TOLD:
         if there.get(key) != here.get(key):
-            _say(f"{key}: {here.get(key)} here, {there.get(key)} when it was made")
+            say(f"{key}: {here.get(key)} here, {there.get(key)} when it was made")
     lost = [v.gate for v in judgement.verdicts if not v.passed and claimed.get(v.gate, True)]
     speeds = [speed.get("tokens_per_second") for speed in (judgement.speed, provenance.get("speed", {}))]
     if all(speeds):
-        _say(f"{speeds[0]:,.0f} tokens/s here, {speeds[1]:,.0f} when it was made")
-    _say(f"{folder} does NOT hold here: {', '.join(lost)}" if lost else f"{folder} holds on this machine")
+        say(f"{speeds[0]:,.0f} tokens/s here, {speeds[1]:,.0f} when it was made")
+    say(f"{folder} does NOT hold here: {', '.join(lost)}" if lost else f"{folder} holds on this machine")
     emit({**as_plain(judgement), "lost": lost, "environment": here, "provenance": provenance}, as_json)
     if lost:
         raise typer.Exit(1)
@@ -52,17 +53,14 @@ def read_folder(folder: Path) -> tuple[Path, dict[str, Any], Target]:
     for file in (engine, path):
         if not file.is_file():
             raise UserError("is missing", file=file, remedy="name the folder of an engine that forgetrain forge made")
-    provenance = read_json(path, "restore it")
-    missing = [key for key in ("sha256", "target", "verdicts") if not provenance.get(key)]
-    if missing:
-        raise UserError("is missing", file=path, key=missing[0], remedy="restore it")
+    provenance = read_object(path, "restore it", sha256=str, target=dict, verdicts=list)
+    if not provenance["verdicts"]:
+        remedy = f"ask for some: forgetrain judge {engine} --target TARGET --all-gates"
+        raise UserError("has none to compare with", file=path, key="verdicts", remedy=remedy)
+    require_verdicts(provenance["verdicts"], path)
     found = sha256_file(engine)
     if found != provenance["sha256"]:
         raise UserError(
             "is not the engine that provenance.json is of", file=engine, value=found[:12], remedy="forgetrain judge it"
         )
     return engine, provenance, parse_target(provenance["target"], file=path)
-
-
-def _say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+from forgetrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,10 @@ def share_of(value: float, allowed: float) -> float:
     if allowed == 0.0:
         return 0.0 if value == 0.0 else math.inf
     return value / allowed
+
+
+def require_verdicts(found: object, file: Path) -> None:
+    """Raises UserError unless it is a list of verdicts as plain values, which ``file`` should have."""
+    good = isinstance(found, list) and all(isinstance(one, dict) and {"gate", "pass"} <= one.keys() for one in found)
+    if not good:
+        raise UserError("are no verdicts", file=file, key="verdicts", remedy="have the engine judged again")

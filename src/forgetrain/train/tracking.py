@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from forgetrain.durable import read_json, write_json
+from forgetrain.durable import read_object, write_json
 from forgetrain.errors import UserError
 from forgetrain.spec.target import Target
 
@@ -32,7 +32,7 @@ class Tracker:
     def __init__(self, target: Target, folder: Path):
         wandb, record = require_wandb(), folder / _ID
         folder.mkdir(parents=True, exist_ok=True)
-        known = read_json(record, "remove it to begin a new run there")["id"] if record.is_file() else None
+        known = read_object(record, "remove it to begin a new run there", id=str)["id"] if record.is_file() else None
         self._run = wandb.init(
             project=target.train.wandb, name=target.name, id=known, resume="allow", dir=folder, config=target.plain()
         )

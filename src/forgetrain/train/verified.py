@@ -20,6 +20,7 @@ from forgetrain.engine.contract import Engine
 from forgetrain.engine.plan import WITHOUT_NATIVE, Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.errors import UserError
+from forgetrain.gates.verdict import require_verdicts
 from forgetrain.numerics.determinism import make_deterministic
 from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.target import Target
@@ -106,6 +107,7 @@ def find_verdicts(file: Path, also_in: list[Path]) -> list[dict[str, Any]] | Non
                 continue
             record = read_json(folder / name, "verify the engine again")
             if isinstance(record, dict) and record.get("sha256") == sha256 and record.get("verdicts"):
+                require_verdicts(record["verdicts"], folder / name)
                 return record["verdicts"]
     return None
 
