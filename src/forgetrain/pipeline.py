@@ -10,7 +10,6 @@ proved is in ``runs/<target>/run.json``.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -37,6 +36,7 @@ from forgetrain.golden.record import MANIFEST
 from forgetrain.judge.ledger import target_key
 from forgetrain.judge.runner import Effort
 from forgetrain.numerics.init import initial_weights
+from forgetrain.ops.native import gcc
 from forgetrain.publish.generate import generate
 from forgetrain.publish.hf import export_hf
 from forgetrain.publish.parity import TOLERANCE, logits_parity
@@ -268,7 +268,9 @@ class _Job:
     def forge(self, progress: Progress) -> None:
         """The elected engine that ships is judged on this machine; what time is left goes into a search from there."""
         progress.own_display()
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
+        try:
+            gcc()
+        except FileNotFoundError:
             self.watcher.say("no GCC, which fast engines need: the aligned engine trains; apt install g++")
             return
         aligned, shipped = self.folder / "engine" / "engine.py", _shipped(self.target)

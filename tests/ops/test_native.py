@@ -1,6 +1,8 @@
 """The C++ kernel of products against float64: operands that lie either way, sizes that no tile divides, both dtypes."""
 
+import importlib.resources
 import os
+import tempfile
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch
 from forgetrain.ops.native import (
     compiled,
     compiled_products,
+    kernel_folder,
     kernel_source,
     product_native,
     run_kernel,
@@ -100,8 +103,10 @@ def test_what_the_kernel_would_misread_is_refused(kernel, dtype):
     for wrong in (other, b[:, :3]):
         with pytest.raises(ValueError, match="no product of"):
             product_native(kernel, a, wrong)
+    with pytest.raises(ValueError, match=r"no gradient \(4, 3\) of"):
+        weight_gradient_native(kernel, torch.zeros(4, 3), a, a, replace=True)
     for grad in (torch.zeros(4, 4, dtype=torch.float64), torch.zeros(8, 8)[::2, ::2]):
-        with pytest.raises(ValueError, match="no gradient of"):
+        with pytest.raises(ValueError, match="cannot take"):
             weight_gradient_native(kernel, grad, a, a, replace=True)
 
 
@@ -124,26 +129,96 @@ def test_bf16_is_left_to_processors_that_multiply_it(monkeypatch):
     assert torch.equal(grad, 1 + torch.mm(d_out.t(), a).float())
 
 
-def test_a_kernel_is_built_once_and_for_each_text(monkeypatch, tmp_path):
+ADDING = 'extern "C" void kernel(float* x) { *x += %d; }'
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """Where kernels are kept: none yet."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    text = 'extern "C" void kernel(float* x) { *x += %d; }'
-    for _ in range(2):
-        for added in (1, 2):
-            number = torch.zeros(1)
-            run_kernel(compiled(text % added, torch.float32).kernel, number)
-            assert float(number) == added
-    assert len(list(tmp_path.glob("*.so"))) == 2
-    with pytest.raises(RuntimeError, match=r"does not build a kernel: .*error"):
+    return kernel_folder()
+
+
+def added(number: int) -> float:
+    """What a kernel adds to zero, by its text ``number``."""
+    found = torch.zeros(1)
+    run_kernel(compiled(ADDING % number, torch.float32).kernel, found)
+    return float(found)
+
+
+def test_a_kernel_is_built_once_and_for_each_text(folder):
+    assert [added(1), added(2)] == [1, 2]
+    first = {path: path.stat().st_ino for path in folder.iterdir()}
+    assert [added(1), added(2)] == [1, 2]
+    assert {path: path.stat().st_ino for path in folder.iterdir()} == first
+    with pytest.raises(OSError, match=r"(?s)\A[^\n]*does not build a kernel:\n.*error"):
         compiled("no C++", torch.float32)
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", ".so", ".so"]
+    assert sorted(path.suffix for path in folder.iterdir()) == ["", ".so", ".so"]
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "another"])
-def test_another_compiler_is_refused(monkeypatch, tmp_path, compiler):
-    other = tmp_path / "another"
+def test_a_build_that_was_killed_is_made_again(folder):
+    (folder / "made.so").write_bytes(b"half of a library")
+    assert added(3) == 3
+
+
+def test_kept_kernels_are_found_where_nothing_can_be_written(folder, monkeypatch):
+    added(4)
+
+    def refused(*_):
+        raise AssertionError("it waits for the lock of a builder")
+
+    monkeypatch.setattr("forgetrain.ops.native.fcntl.flock", refused)
+    assert added(4) == 4
+
+
+@pytest.mark.parametrize("given", ["", ".", "kept"])
+def test_a_folder_may_be_named_in_any_way(monkeypatch, tmp_path, given):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    assert added(5) == 5
+
+
+@pytest.mark.parametrize("how", ["a link", "others may write"])
+def test_a_folder_that_others_can_fill_is_refused(monkeypatch, tmp_path, how):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    place = tmp_path / f"forgetrain-kernels-{os.getuid()}"
+    if how == "a link":
+        place.symlink_to(theirs)
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    with pytest.raises(PermissionError, match="is not this user's alone: remove it, or set TORCHINDUCTOR_CACHE_DIR"):
+        added(6)
+    assert not list(theirs.iterdir())
+
+
+@pytest.mark.parametrize("path", ["none", "another"])
+def test_another_compiler_is_refused(monkeypatch, tmp_path, path):
+    other = tmp_path / "another" / "g++"
+    other.parent.mkdir()
     other.write_text("#!/bin/sh\necho clang version 19\n")
     other.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("CXX", compiler)
-    with pytest.raises(FileNotFoundError, match="built by GCC, which is not here: install g"):
+    monkeypatch.setenv("PATH", str(tmp_path / path))
+    with pytest.raises(FileNotFoundError, match=r"built by GCC's g\+\+, which is not here: apt install g"):
         compiled(SOURCE, torch.float32)
+
+
+def test_numbers_are_rounded_as_torch_rounds_them(folder):
+    numbers = importlib.resources.files("forgetrain.ops.cpu").joinpath("numbers.h").read_text("utf-8")
+    head = "#include <cstring>\n#include <type_traits>\n"
+    loop = "{ for (int64_t i = 0; i < n; i++) { narrow(x[i], out + i); back[i] = wide(out[i]); } }"
+    text = f'{head}{numbers}extern "C" void kernel(const float* x, Number* out, float* back, int64_t n) {loop}'
+    bits = torch.randint(-(2**31), 2**31, (1 << 18,), generator=torch.Generator().manual_seed(0))
+    ties = torch.arange(1 << 16) << 16 | 0x8000  # halfway, of every number of bf16
+    ties -= (ties >= 1 << 31).long() << 32
+    special = torch.tensor([0.0, -0.0, 1e-40, -1e-40, float("inf"), -float("inf"), float("nan")])
+    x = torch.cat([torch.cat([bits, ties]).int().view(torch.float32), special])
+    found, back = x.bfloat16() * 0, x * 0
+    run_kernel(compiled(text, torch.bfloat16).kernel, x, found, back, x.numel())
+    due, nan = x.bfloat16(), x.isnan()
+    assert torch.equal(found.view(torch.int16)[~nan], due.view(torch.int16)[~nan])
+    assert bool(found[nan].isnan().all())
+    assert torch.equal(back[~nan], due.float()[~nan])

@@ -63,27 +63,45 @@ NATIVE = [f for f in vars(native_regions).values() if inspect.isfunction(f) and 
 
 @pytest.mark.parametrize("native", NATIVE, ids=name_of)
 def test_a_kernel_computes_what_its_formula_says(kernels, dtype, native):
-    arguments = given(name_of(native), dtype)
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    wide = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # the formulas, in float64
-        due = getattr(regions, f"{name_of(native)}_region")(*wide)
-    before = [tensor.clone() for tensor in tensors]
+    arguments, name = given(name_of(native), dtype), name_of(native)
+    exact = [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+    before = [a.clone() if isinstance(a, torch.Tensor) else a for a in exact]
+    due = in_float64(f"{name}_region", *exact)
     found = native(kernels, *arguments)
-    written = [tensor for tensor, old in zip(tensors, before, strict=True) if not torch.equal(tensor, old)]
-    expected = [new for new, old in zip(wide, arguments, strict=True) if any(old is tensor for tensor in written)]
-    pairs = list(zip(written, expected, strict=True))
-    if due is not None:
-        several = isinstance(due, tuple)
-        pairs += zip(found if several else (found,), due if several else (due,), strict=True)
-    assert pairs
-    for value, exact in pairs:
-        assert value.shape == exact.shape
-        limit = 2e-6 if dtype == torch.float32 else 2**-8
-        assert error(value, exact) < limit
-        near = exact.abs().maximum(exact.abs().mean())
-        assert float(((value.double() - exact).abs() / near).max()) < 30 * limit
+    due, found = ([] if each is None else list(each if isinstance(each, tuple) else [each]) for each in (due, found))
+    if name == "residual_norm":  # it norms the sum as it was rounded
+        due[1:] = in_float64("norm_region", found[0].double(), exact[2], EPS)
+    for value, now, old in zip(arguments, exact, before, strict=True):
+        if isinstance(value, torch.Tensor):
+            if torch.equal(now, old):
+                assert torch.equal(value.to(old.dtype), old)
+            else:
+                due.append(now)
+                found.append(value)
+    assert due
+    for value, right in zip(found, due, strict=True):
+        assert value.shape == right.shape
+        near = right.abs().maximum(right.abs().mean())
+        once = value.dtype == torch.bfloat16  # rounded from fp32 sums
+        assert error(value, right) < (2.2e-3 if once else 5e-7)
+        assert float(((value.double() - right).abs() / near).max()) < (2**-8 + 1e-4 if once else 5e-6)
+
+
+def in_float64(formula: str, *arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        return getattr(regions, formula)(*arguments)
+
+
+def test_labels_that_are_none_of_the_vocabulary_touch_nothing(kernels, dtype):
+    labels = torch.tensor([-100, WIDTH, 5])
+    memory = torch.full((5, WIDTH), float("nan"), dtype=dtype)  # what lies around the logits
+    memory[1:4] = numbers(3, WIDTH, dtype=dtype)
+    logits, exact = memory[1:4], memory[1:4].double()
+    nll = native_regions.entropy_native(kernels, logits, labels, torch.ones(3))
+    assert error(nll, in_float64("entropy_region", exact, labels, torch.ones(3).double())) < 1e-6
+    assert error(logits, exact) < (2.2e-3 if dtype == torch.bfloat16 else 1e-6)
+    assert bool(memory[[0, 4]].isnan().all())
 
 
 def test_every_region_of_rows_has_a_kernel():

@@ -9,14 +9,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from forgetrain.ops.native import run_kernel
-
-
-def whole(dtype: torch.dtype, *tensors: Tensor) -> None:
-    """Raises ValueError unless these lie without gaps, in this dtype: the kernel takes that for granted."""
-    for tensor in tensors:
-        if tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"a kernel for contiguous {dtype} cannot take {tensor.dtype} in strides {tensor.stride()}")
+from forgetrain.ops.native import run_kernel, whole
 
 
 def norm_native(kernels: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -42,9 +35,11 @@ def norm_backward_native(
 ) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     d_x, d_weight = torch.empty_like(x), x.new_empty(width, dtype=torch.float32)
-    sums = x.new_empty(-(-rows // 32), width, dtype=torch.float32)  # the kernel's SPAN
+    span = 32
+    sums = x.new_empty(-(-rows // span), width, dtype=torch.float32)
     whole(x.dtype, x, weight, d_out, *(() if d_residual is None else (d_residual,)))
-    run_kernel(kernels.norm_backward, x, inverse, weight, d_out, d_residual, d_x, d_weight, sums, rows, width)
+    whole(torch.float32, inverse)
+    run_kernel(kernels.norm_backward, x, inverse, weight, d_out, d_residual, d_x, d_weight, sums, rows, width, span)
     return d_x, d_weight
 
 
@@ -81,6 +76,7 @@ def entropy_native(kernels: ctypes.CDLL, logits: Tensor, labels: Tensor, d_nll: 
     nll = torch.empty_like(d_nll)
     whole(logits.dtype, logits)
     whole(torch.int64, labels)
+    whole(torch.float32, d_nll)
     run_kernel(kernels.entropy, logits, labels, d_nll, nll, *logits.shape)
     return nll
 
@@ -89,6 +85,7 @@ def vocabulary_sums_native(kernels: ctypes.CDLL, logits: Tensor, labels: Tensor,
     sums = top.new_empty(2, logits.shape[0])
     whole(logits.dtype, logits)
     whole(torch.int64, labels)
+    whole(torch.float32, top)
     run_kernel(kernels.vocabulary_sums, logits, labels, top, sums, *logits.shape)
     return sums
 
@@ -98,6 +95,7 @@ def vocabulary_gradient_native(
 ) -> None:
     whole(logits.dtype, logits)
     whole(torch.int64, labels)
+    whole(torch.float32, log_sum, d_nll)
     run_kernel(kernels.vocabulary_gradient, logits, labels, log_sum, d_nll, *logits.shape)
 
 
@@ -115,5 +113,6 @@ def adamw_native(
     eps: float,
 ) -> None:
     whole(torch.float32, p, g, m, v, factor, rates)
+    whole(torch.bfloat16, *(() if rounded is None else (rounded,)))
     numbers = map(float, (beta1, beta2, eps))
     run_kernel(kernels.adamw, p, g, m, v, rounded, factor, rates, p.numel(), *numbers)

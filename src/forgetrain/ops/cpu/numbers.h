@@ -14,8 +14,8 @@ static inline void narrow(float x, uint16_t* p) {
     *p = x == x ? bits : 0x7fc0;
 }
 
-// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; NaN stays NaN. Of a number or of a vector of them, Int
-// being as many whole numbers.
+// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; e^-87, or 1.6e-38, for all below, and NaN for NaN. Of a
+// number or of a vector of them, Int being as many whole numbers.
 template <typename To, typename From> static inline To converted(From x) {
     if constexpr (std::is_arithmetic_v<From>) return To(x);
     else return __builtin_convertvector(x, To);

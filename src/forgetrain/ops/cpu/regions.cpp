@@ -1,6 +1,6 @@
 // The element-wise regions of the production schedule on a CPU: the formulas of ops/regions.py, where each is told. A row
 // is read from memory once, and again from the caches. Arithmetic is fp32, rounded once at the end. Sums over rows are of
-// SPAN rows each, then of those: another number of threads gives the same bits.
+// spans of rows, then of those: another number of threads gives the same bits.
 //
 // The engine's file defines Number before this text. Matrices are contiguous.
 #pragma GCC optimize("fp-contract=fast")
@@ -11,7 +11,7 @@
 #include <type_traits>
 #include "numbers.h"
 
-constexpr int64_t SPAN = 32, FEW = 1 << 14;  // numbers for which other threads are not worth waking
+constexpr int64_t FEW = 1 << 14;  // numbers for which other threads are not worth waking
 
 static inline float sigmoid(float x) {
     float e = exponential<int32_t>(-std::fabs(x));
@@ -46,15 +46,15 @@ extern "C" void norm(const Number* x, const Number* branch, const Number* weight
     });
 }
 
-// sums: room for [rows / SPAN, rounded up, width]. d_residual may be null.
+// sums: room for [rows / span, rounded up, width]. d_residual may be null.
 extern "C" void norm_backward(const Number* x, const float* inverse, const Number* weight, const Number* d_out,
                               const Number* d_residual, Number* d_x, float* d_weight, float* sums, int64_t rows,
-                              int64_t width) {
-    int64_t spans = (rows + SPAN - 1) / SPAN;
-    each(spans, SPAN * width, [=](int64_t span) {
-        float* sum = sums + span * width;
+                              int64_t width, int64_t span) {
+    int64_t spans = (rows + span - 1) / span;
+    each(spans, span * width, [=](int64_t which) {
+        float* sum = sums + which * width;
         std::fill_n(sum, width, 0.0f);
-        for (int64_t row = span * SPAN; row < std::min(rows, (span + 1) * SPAN); row++) {
+        for (int64_t row = which * span; row < std::min(rows, (which + 1) * span); row++) {
             const Number *from = x + row * width, *d = d_out + row * width, *past = d_residual ? d_residual + row * width : d;
             Number* to = d_x + row * width;
             float root = inverse[row], mean = 0;
@@ -70,9 +70,9 @@ extern "C" void norm_backward(const Number* x, const float* inverse, const Numbe
         }
     });
     std::fill_n(d_weight, width, 0.0f);
-    for (int64_t span = 0; span < spans; span++)
+    for (int64_t which = 0; which < spans; which++)
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) d_weight[i] += sums[span * width + i];
+        for (int64_t i = 0; i < width; i++) d_weight[i] += sums[which * width + i];
 }
 
 extern "C" void swiglu(const Number* gate_up, Number* out, int64_t rows, int64_t width) {
@@ -112,12 +112,15 @@ static inline float exponentials(const Number* x, int64_t count, float top) {
     return total;
 }
 
-// A row of logits becomes cross-entropy's gradient; label is -1 where it is in another part of the vocabulary.
+// Whether a label is among these logits; it is -1 where it is in another part of the vocabulary.
+static inline bool among(int64_t label, int64_t vocab) { return label >= 0 && label < vocab; }
+
+// A row of logits becomes cross-entropy's gradient.
 static inline void gradient(Number* x, int64_t vocab, int64_t label, float log_sum, float d_nll) {
-    float own = label < 0 ? 0.0f : exponential<int32_t>(wide(x[label]) - log_sum) - 1.0f;
+    float own = among(label, vocab) ? exponential<int32_t>(wide(x[label]) - log_sum) - 1.0f : 0.0f;
 #pragma omp simd
     for (int64_t i = 0; i < vocab; i++) narrow(exponential<int32_t>(wide(x[i]) - log_sum) * d_nll, x + i);
-    if (label >= 0) narrow(own * d_nll, x + label);
+    if (among(label, vocab)) narrow(own * d_nll, x + label);
 }
 
 extern "C" void entropy(Number* logits, const int64_t* labels, const float* d_nll, float* nll, int64_t rows,
@@ -128,7 +131,7 @@ extern "C" void entropy(Number* logits, const int64_t* labels, const float* d_nl
 #pragma omp simd reduction(max : top)
         for (int64_t i = 0; i < vocab; i++) top = std::max(top, wide(x[i]));
         float log_sum = top + std::log(exponentials(x, vocab, top));
-        nll[row] = log_sum - wide(x[labels[row]]);
+        nll[row] = log_sum - (among(labels[row], vocab) ? wide(x[labels[row]]) : 0.0f);
         gradient(x, vocab, labels[row], log_sum, d_nll[row]);
     });
 }
@@ -138,7 +141,7 @@ extern "C" void vocabulary_sums(const Number* logits, const int64_t* labels, con
     each(rows, vocab, [=](int64_t row) {
         const Number* x = logits + row * vocab;
         sums[row] = exponentials(x, vocab, top[row]);
-        sums[rows + row] = labels[row] < 0 ? 0.0f : wide(x[labels[row]]) - top[row];
+        sums[rows + row] = among(labels[row], vocab) ? wide(x[labels[row]]) - top[row] : 0.0f;
     });
 }
 
