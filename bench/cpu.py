@@ -1,6 +1,6 @@
 """A forged engine against its peers on a CPU, in alternating blocks of one run: tokens a second, ratios, spread.
 
-    python bench/cpu.py targets/nano-cpu.toml --engine engines/nano-cpu/fp32/engine.py --dtype fp32 --rounds 10
+    python bench/cpu.py targets/nano-cpu.toml --engine engines/nano-cpu/engine.py --dtype fp32 --rounds 10
     python bench/cpu.py targets/nano-cpu.toml --engine FILE --dtype bf16 --litgpt-python PATH/bin/python --out FILE
 
 Every contestant is a process of its own (bench/cpu_contestants.py) that holds its model and sleeps while another is on
@@ -95,6 +95,7 @@ def contestants(args: argparse.Namespace, target: Target) -> dict[str, Contestan
             wanted[f"{name}, autocast"] = (kind, mode, "autocast", python)
     wanted["products"] = ("products", "eager", args.dtype, sys.executable)
     log = Path(args.log)
+    log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     held = {}
     for name, (kind, mode, dtype, python) in wanted.items():
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="timed steps a block")
     parser.add_argument("--warm-up", type=int, default=5, help="steps before the first round; compilation is in them")
-    parser.add_argument("--log", default="bench-cpu.log")
+    parser.add_argument("--log", default="runs/bench-cpu.log")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     unknown = [name for name in args.peers.split(",") if name not in PEERS]

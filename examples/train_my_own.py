@@ -1,7 +1,7 @@
 """A Llama and its training loop as one writes them oneself, on the bytes of this file. Five lines, marked below, make a
 golden record of it; see docs/capture.md for what to do with that.
 
-    python examples/train_my_own.py /tmp/golden
+    python examples/train_my_own.py runs/my-own/golden
 """
 
 import sys
