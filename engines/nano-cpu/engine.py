@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -65,7 +66,7 @@ def rope_tables_fp32_forward(positions: Tensor, head_dim: int, theta: float) -> 
 
 
 def whole(dtype: torch.dtype, *tensors: Tensor) -> None:
-    """Raises ValueError unless these lie without gaps, in this dtype: the kernel takes that for granted."""
+    """Raises ValueError unless these lie without gaps, in this dtype: a kernel takes that for granted."""
     for tensor in tensors:
         if tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(f"a kernel for contiguous {dtype} cannot take {tensor.dtype} in strides {tensor.stride()}")
@@ -104,9 +105,11 @@ def norm_backward_native(
 ) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     d_x, d_weight = torch.empty_like(x), x.new_empty(width, dtype=torch.float32)
-    sums = x.new_empty(-(-rows // 32), width, dtype=torch.float32)  # the kernel's SPAN
+    span = 32
+    sums = x.new_empty(-(-rows // span), width, dtype=torch.float32)
     whole(x.dtype, x, weight, d_out, *(() if d_residual is None else (d_residual,)))
-    run_kernel(kernels.norm_backward, x, inverse, weight, d_out, d_residual, d_x, d_weight, sums, rows, width)
+    whole(torch.float32, inverse)
+    run_kernel(kernels.norm_backward, x, inverse, weight, d_out, d_residual, d_x, d_weight, sums, rows, width, span)
     return d_x, d_weight
 
 
@@ -129,6 +132,7 @@ def entropy_native(kernels: ctypes.CDLL, logits: Tensor, labels: Tensor, d_nll: 
     nll = torch.empty_like(d_nll)
     whole(logits.dtype, logits)
     whole(torch.int64, labels)
+    whole(torch.float32, d_nll)
     run_kernel(kernels.entropy, logits, labels, d_nll, nll, *logits.shape)
     return nll
 
@@ -147,6 +151,7 @@ def adamw_native(
     eps: float,
 ) -> None:
     whole(torch.float32, p, g, m, v, factor, rates)
+    whole(torch.bfloat16, *(() if rounded is None else (rounded,)))
     numbers = map(float, (beta1, beta2, eps))
     run_kernel(kernels.adamw, p, g, m, v, rounded, factor, rates, p.numel(), *numbers)
 
@@ -159,36 +164,51 @@ def norm_blocked(flat: Tensor, block: int = 4096) -> Tensor:
     return torch.linalg.vector_norm(torch.cat((blocks, rest[None])))
 
 
+def gcc() -> tuple[str, str]:
+    """The path of g++ and what it says of its version. Raises FileNotFoundError where there is none, or where it is
+    another compiler: with another one's OpenMP beside torch's sums were wrong."""
+    path = shutil.which("g++")
+    version = path and subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    if not path or "Free Software Foundation" not in str(version):
+        raise FileNotFoundError("its kernels are built by GCC's g++, which is not here: apt install g++")
+    return path, str(version)
+
+
+def kernel_folder() -> Path:
+    """A folder of this user's alone, for what is in it is run. Raises OSError where there can be none."""
+    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()).resolve()
+    folder /= f"forgetrain-kernels-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not this user's alone: remove it, or set TORCHINDUCTOR_CACHE_DIR")
+    return folder
+
+
 def compiled(source: str, dtype: torch.dtype, definitions: str = "") -> ctypes.CDLL:
     """The library of a C++ text in which Number is this dtype, built where none is kept of that text, compiler and
-    processor. Raises OSError without GCC, for with another compiler's OpenMP beside torch's sums were wrong, or without
-    a folder of its own; RuntimeError for a text that is no C++."""
+    processor. Raises OSError where it cannot be built."""
     number = {torch.float32: "float", torch.bfloat16: "uint16_t"}[dtype]
     text = f"#include <cstdint>\ntypedef {number} Number;\n{definitions}{source}"
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    version = compiler and subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    if not compiler or "Free Software Foundation" not in str(version):
-        raise FileNotFoundError("its kernels are built by GCC, which is not here: install g++, or set CXX to it")
+    compiler, version = gcc()
     command = [compiler, "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"]
-    command += ["-fopenmp", "-fPIC", "-shared"]
+    command += ["-fopenmp", "-fPIC", "-shared", "-x", "c++", "-"]
     about = ("model", "flags", "CPU", "Features")
     processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(about)}
     key = hashlib.sha256(repr((text, command, version, sorted(processor))).encode()).hexdigest()[:32]
-    own = f"{tempfile.gettempdir()}/forgetrain-kernels-{os.getuid()}"
-    folder = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", own))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} is another user's: set TORCHINDUCTOR_CACHE_DIR to a folder for compiled code")
-    library = folder / f"{key}.so"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one builds
-        if not library.is_file():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                file, made = Path(scratch) / "kernel.cpp", Path(scratch) / "kernel.so"
-                file.write_text(text, encoding="utf-8")
-                done = subprocess.run([*command, file, "-o", made], capture_output=True, text=True, check=False)
+    library = kernel_folder() / f"{key}.so"
+    if not library.is_file():
+        with library.with_name("lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several ranks one builds
+            if not library.is_file():
+                made = library.with_name("made.so")  # what a killed one left there is built anew
+                done = subprocess.run([*command, "-o", made], input=text, capture_output=True, text=True, check=False)
                 if done.returncode != 0:
-                    raise RuntimeError(f"{compiler} does not build a kernel: {done.stderr[-2000:]}")
+                    raise ChildProcessError(
+                        f"{version.partition(chr(10))[0]} does not build a kernel:\n{done.stderr[-2000:]}"
+                    )
+                with made.open("rb") as whole_file:
+                    os.fsync(whole_file.fileno())  # nobody looks into a library before it is loaded
                 made.rename(library)
     return ctypes.CDLL(str(library))
 
@@ -208,6 +228,9 @@ def attention_native_forward(
     """Causal attention of qkv, [T, columns of Q, K and V], in rows of ``s`` positions, Q and K turned on the way.
     cos and sin: fp32 [T, K], contiguous; first: int64 [T], the first key of its row that each position sees.
     -> (context [T, heads · K], the logarithms of the sums of exponentials, fp32 [T, heads])."""
+    whole(qkv.dtype, qkv)
+    whole(torch.float32, cos, sin)
+    whole(torch.int64, first)
     context, log_sum = qkv.new_empty(qkv.shape[0], heads * cos.shape[-1]), cos.new_empty(qkv.shape[0], heads)
     run_kernel(kernel.kernel, qkv, cos, sin, first, context, log_sum, context, context, qkv.shape[0] // s, s, 0)
     return context, log_sum
@@ -218,6 +241,9 @@ def attention_native_backward(
     d_context: Tensor, s: int,
 ) -> Tensor:  # fmt: skip
     """-> the gradient of qkv."""
+    whole(qkv.dtype, qkv, context, d_context)
+    whole(torch.float32, cos, sin, log_sum)
+    whole(torch.int64, first)
     d_qkv = torch.empty_like(qkv)
     run_kernel(kernel.kernel, qkv, cos, sin, first, context, log_sum, d_context, d_qkv, qkv.shape[0] // s, s, 1)
     return d_qkv
@@ -263,10 +289,10 @@ def weight_gradient_native(kernel: ctypes.CDLL | None, grad: Tensor, d_out: Tens
     """d_out_TOᵀ · x_TI into grad_OI, fp32 and contiguous: in place of what is there, or added to it."""
     if kernel is None:
         return weight_gradient_torch(grad, d_out, x, replace)
-    alike = (d_out.dtype, d_out.shape[0]) == (x.dtype, x.shape[0])
-    if not alike or grad.dtype != torch.float32 or not grad.is_contiguous():
-        raise ValueError(f"no gradient of {d_out.dtype} {tuple(d_out.shape)} and {x.dtype} {tuple(x.shape)}")
     (k, m), n = d_out.shape, x.shape[1]
+    if (d_out.dtype, k) != (x.dtype, x.shape[0]) or grad.shape != (m, n):
+        raise ValueError(f"no gradient {tuple(grad.shape)} of {d_out.dtype} {(k, m)} and {x.dtype} {tuple(x.shape)}")
+    whole(torch.float32, grad)
     run_kernel(kernel.kernel, d_out, x, d_out, grad, m, n, k, *d_out.stride()[::-1], *x.stride(), 1, int(replace))
     return None
 
@@ -320,8 +346,8 @@ static inline void narrow(float x, uint16_t* p) {
     *p = x == x ? bits : 0x7fc0;
 }
 
-// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; NaN stays NaN. Of a number or of a vector of them, Int
-// being as many whole numbers.
+// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; e^-87, or 1.6e-38, for all below, and NaN for NaN. Of a
+// number or of a vector of them, Int being as many whole numbers.
 template <typename To, typename From> static inline To converted(From x) {
     if constexpr (std::is_arithmetic_v<From>) return To(x);
     else return __builtin_convertvector(x, To);
@@ -696,8 +722,8 @@ static inline void narrow(float x, uint16_t* p) {
     *p = x == x ? bits : 0x7fc0;
 }
 
-// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; NaN stays NaN. Of a number or of a vector of them, Int
-// being as many whole numbers.
+// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; e^-87, or 1.6e-38, for all below, and NaN for NaN. Of a
+// number or of a vector of them, Int being as many whole numbers.
 template <typename To, typename From> static inline To converted(From x) {
     if constexpr (std::is_arithmetic_v<From>) return To(x);
     else return __builtin_convertvector(x, To);
@@ -909,7 +935,7 @@ extern "C" void kernel(const Number* a, const Number* b, Number* out, float* sum
 REGIONS_SOURCE = r"""
 // The element-wise regions of the production schedule on a CPU: the formulas of ops/regions.py, where each is told. A row
 // is read from memory once, and again from the caches. Arithmetic is fp32, rounded once at the end. Sums over rows are of
-// SPAN rows each, then of those: another number of threads gives the same bits.
+// spans of rows, then of those: another number of threads gives the same bits.
 //
 // The engine's file defines Number before this text. Matrices are contiguous.
 #pragma GCC optimize("fp-contract=fast")
@@ -934,8 +960,8 @@ static inline void narrow(float x, uint16_t* p) {
     *p = x == x ? bits : 0x7fc0;
 }
 
-// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; NaN stays NaN. Of a number or of a vector of them, Int
-// being as many whole numbers.
+// exp of x <= 0, to about 1e-7: 2^n · e^r with |r| <= ln 2 / 2; e^-87, or 1.6e-38, for all below, and NaN for NaN. Of a
+// number or of a vector of them, Int being as many whole numbers.
 template <typename To, typename From> static inline To converted(From x) {
     if constexpr (std::is_arithmetic_v<From>) return To(x);
     else return __builtin_convertvector(x, To);
@@ -956,7 +982,7 @@ template <typename Int, typename Real> static inline Real exponential(Real x) {
     return p * power;
 }
 
-constexpr int64_t SPAN = 32, FEW = 1 << 14;  // numbers for which other threads are not worth waking
+constexpr int64_t FEW = 1 << 14;  // numbers for which other threads are not worth waking
 
 static inline float sigmoid(float x) {
     float e = exponential<int32_t>(-std::fabs(x));
@@ -991,15 +1017,15 @@ extern "C" void norm(const Number* x, const Number* branch, const Number* weight
     });
 }
 
-// sums: room for [rows / SPAN, rounded up, width]. d_residual may be null.
+// sums: room for [rows / span, rounded up, width]. d_residual may be null.
 extern "C" void norm_backward(const Number* x, const float* inverse, const Number* weight, const Number* d_out,
                               const Number* d_residual, Number* d_x, float* d_weight, float* sums, int64_t rows,
-                              int64_t width) {
-    int64_t spans = (rows + SPAN - 1) / SPAN;
-    each(spans, SPAN * width, [=](int64_t span) {
-        float* sum = sums + span * width;
+                              int64_t width, int64_t span) {
+    int64_t spans = (rows + span - 1) / span;
+    each(spans, span * width, [=](int64_t which) {
+        float* sum = sums + which * width;
         std::fill_n(sum, width, 0.0f);
-        for (int64_t row = span * SPAN; row < std::min(rows, (span + 1) * SPAN); row++) {
+        for (int64_t row = which * span; row < std::min(rows, (which + 1) * span); row++) {
             const Number *from = x + row * width, *d = d_out + row * width, *past = d_residual ? d_residual + row * width : d;
             Number* to = d_x + row * width;
             float root = inverse[row], mean = 0;
@@ -1015,9 +1041,9 @@ extern "C" void norm_backward(const Number* x, const float* inverse, const Numbe
         }
     });
     std::fill_n(d_weight, width, 0.0f);
-    for (int64_t span = 0; span < spans; span++)
+    for (int64_t which = 0; which < spans; which++)
 #pragma omp simd
-        for (int64_t i = 0; i < width; i++) d_weight[i] += sums[span * width + i];
+        for (int64_t i = 0; i < width; i++) d_weight[i] += sums[which * width + i];
 }
 
 extern "C" void swiglu(const Number* gate_up, Number* out, int64_t rows, int64_t width) {
@@ -1057,12 +1083,15 @@ static inline float exponentials(const Number* x, int64_t count, float top) {
     return total;
 }
 
-// A row of logits becomes cross-entropy's gradient; label is -1 where it is in another part of the vocabulary.
+// Whether a label is among these logits; it is -1 where it is in another part of the vocabulary.
+static inline bool among(int64_t label, int64_t vocab) { return label >= 0 && label < vocab; }
+
+// A row of logits becomes cross-entropy's gradient.
 static inline void gradient(Number* x, int64_t vocab, int64_t label, float log_sum, float d_nll) {
-    float own = label < 0 ? 0.0f : exponential<int32_t>(wide(x[label]) - log_sum) - 1.0f;
+    float own = among(label, vocab) ? exponential<int32_t>(wide(x[label]) - log_sum) - 1.0f : 0.0f;
 #pragma omp simd
     for (int64_t i = 0; i < vocab; i++) narrow(exponential<int32_t>(wide(x[i]) - log_sum) * d_nll, x + i);
-    if (label >= 0) narrow(own * d_nll, x + label);
+    if (among(label, vocab)) narrow(own * d_nll, x + label);
 }
 
 extern "C" void entropy(Number* logits, const int64_t* labels, const float* d_nll, float* nll, int64_t rows,
@@ -1073,7 +1102,7 @@ extern "C" void entropy(Number* logits, const int64_t* labels, const float* d_nl
 #pragma omp simd reduction(max : top)
         for (int64_t i = 0; i < vocab; i++) top = std::max(top, wide(x[i]));
         float log_sum = top + std::log(exponentials(x, vocab, top));
-        nll[row] = log_sum - wide(x[labels[row]]);
+        nll[row] = log_sum - (among(labels[row], vocab) ? wide(x[labels[row]]) : 0.0f);
         gradient(x, vocab, labels[row], log_sum, d_nll[row]);
     });
 }
@@ -1083,7 +1112,7 @@ extern "C" void vocabulary_sums(const Number* logits, const int64_t* labels, con
     each(rows, vocab, [=](int64_t row) {
         const Number* x = logits + row * vocab;
         sums[row] = exponentials(x, vocab, top[row]);
-        sums[rows + row] = labels[row] < 0 ? 0.0f : wide(x[labels[row]]) - top[row];
+        sums[rows + row] = among(labels[row], vocab) ? wide(x[labels[row]]) - top[row] : 0.0f;
     });
 }
 
