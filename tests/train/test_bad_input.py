@@ -139,14 +139,25 @@ def test_a_record_that_holds_no_verdicts_is_told(tmp_path, command):
     one_line(err, "verdicts.json: verdicts: are no verdicts. Have the engine judged again")
 
 
-def test_an_engine_that_this_machine_cannot_build_is_told_in_one_line(tmp_path, monkeypatch, command):
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, "its kernels are built by GCC's g++, which is not here"),
+        ("case $1 in --version) echo 'g++ 8.5, Free Software Foundation';; *) exit 1; esac", "g++ 8.5, Free Software"),
+    ],
+    ids=["none", "an old one"],
+)
+def test_an_engine_that_this_machine_cannot_build_is_told_in_one_line(tmp_path, monkeypatch, command, compiler, said):
     target = write_target(tmp_path)
     assert command("data", "build", target)[0] == 0
     engine = write_engine_file(target, tmp_path / "fast.py")
+    if compiler is not None:
+        (tmp_path / "g++").write_text(f"#!/bin/sh\n{compiler}\n")
+        (tmp_path / "g++").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     code, err = command("train", target, "--engine", engine, "--unverified")
     assert code == 2
-    one_line(err, f"{engine}: cannot be built here: its kernels are built by GCC's g++, which is not here")
+    one_line(err, f"{engine}: cannot be built here: {said}")
     assert not list((tmp_path / "runs/tiny/checkpoints").iterdir())
 
 

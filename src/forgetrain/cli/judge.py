@@ -149,8 +149,9 @@ def record(file: Path, judgement: Judgement) -> Path | None:
             say(f"not recorded: {path} is of {theirs[0].name}; judge {file.name} in a folder of its own to use it")
             return None
         if owner == judgement.candidate:
-            require_verdicts(before.get("verdicts"), path)
-            verdicts = {verdict["gate"]: verdict for verdict in before["verdicts"]} | verdicts
+            kept = before.get("verdicts", [])
+            require_verdicts(kept, path)
+            verdicts = {verdict["gate"]: verdict for verdict in kept} | verdicts
     write_json(path, {"sha256": judgement.candidate, "verdicts": list(verdicts.values())})
     return path
 

@@ -78,7 +78,8 @@ class ChosenEngine:
             raise UserError(f"refuses the target: {error}", file=self.name, remedy="align this target") from error
         except OSError as error:
             remedy = "see to that, or choose another engine with --engine"
-            raise UserError(f"cannot be built here: {error}", file=self.name, remedy=remedy) from error
+            reason = str(error).partition("\n")[0]  # a compiler says more than a line
+            raise UserError(f"cannot be built here: {reason}", file=self.name, remedy=remedy) from error
         return engine, deterministic
 
 
