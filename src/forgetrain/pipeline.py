@@ -23,7 +23,7 @@ from rich.console import Console
 from forgetrain.data.build import build_data
 from forgetrain.data.folder import open_data
 from forgetrain.data.loader import Loader
-from forgetrain.durable import read_json, sha256_file, write_json
+from forgetrain.durable import read_json, read_object, sha256_file, write_json
 from forgetrain.engine.contract import weight_hash
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.process import EngineProcess
@@ -324,7 +324,7 @@ class _Job:
             return False
         journal = self.folder / "train" / "run.json"
         now = sha256_file(self.champion or self.folder / "engine" / "engine.py")
-        before = read_json(journal, "train again")["engine"]["sha256"] if journal.is_file() else None
+        before = read_object(journal, "train again", engine=dict)["engine"]["sha256"] if journal.is_file() else None
         if before != now:
             self.watcher.say("training anew: the checkpoints are another engine's")
         return before != now
@@ -390,7 +390,7 @@ def _shipped(target: Target) -> Proposal | None:
     if not (folder / "plan.toml").is_file() or not (folder / "engine.py").is_file():
         return None
     plan = Plan.read(folder / "plan.toml")
-    made_for = parse_target(read_json(folder / "provenance.json", "restore it")["target"], file=folder)
+    made_for = parse_target(read_object(folder / "provenance.json", "restore it", target=dict)["target"], file=folder)
     source = (folder / "engine.py").read_text(encoding="utf-8")
     if target_key(made_for) != target_key(target):
         source = write_engine(target, plan)

@@ -35,6 +35,16 @@ def test_a_dry_run_plans_and_trains_nothing(tmp_path):
     assert not (tmp_path / target.name / "train" / "run.json").exists()
 
 
+@pytest.mark.parametrize("record", ["train/summary.json", "train/run.json"])
+def test_a_record_of_another_shape_is_told(tmp_path, record):
+    target, _ = built(tmp_path)
+    path = tmp_path / target.name / record
+    path.parent.mkdir()
+    path.write_text("[]")
+    with pytest.raises(UserError, match=rf"{record}: is not a JSON object"):
+        plan(target, tmp_path)
+
+
 def test_a_measured_speed_gives_the_expected_time(tmp_path):
     target, _ = built(tmp_path)
     summary = run(target, tmp_path)

@@ -37,7 +37,7 @@ def command(
         passed = parity.passed
         say(
             f"logits {'equal' if passed else 'DIFFER FROM'} the engine's ({parity.engine}): largest difference "
-            f"{parity.max_difference:.1e} of logits up to {parity.largest:.1f}, tolerance {TOLERANCE:g} of the largest",
+            f"{parity.max_difference:.1e} of logits up to {parity.largest:.1f}, tolerance {TOLERANCE:g} of the largest"
         )
         result |= {"logits": vars(parity) | {"pass": passed, "tolerance": TOLERANCE}}
     emit(result, as_json)

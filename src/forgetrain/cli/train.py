@@ -74,9 +74,7 @@ def command(
         )
     except KeyboardInterrupt:  # a second Ctrl-C, with which typer ends without a word
         if first_rank():
-            say(
-                "stopped at once by a second SIGINT, without a checkpoint; go on from the last one with --resume",
-            )
+            say("stopped at once by a second SIGINT, without a checkpoint; go on from the last one with --resume")
         raise typer.Exit(exit_code("SIGINT")) from None
     if first_rank():
         _tell(summary, dry_run)
@@ -91,13 +89,11 @@ def _tell(summary: dict[str, Any], dry_run: bool) -> None:
     elif summary["finished"]:
         say(
             f"trained {summary['steps']} steps in {summary['seconds']:.0f} s; held-out loss "
-            f"{summary['held_out_loss']:.4f}, unigram {summary['unigram_loss']:.4f}; {summary['checkpoint']}",
+            f"{summary['held_out_loss']:.4f}, unigram {summary['unigram_loss']:.4f}; {summary['checkpoint']}"
         )
     else:
         why = summary["interrupted"] or "--stop-after"
-        say(
-            f"stopped by {why} after step {summary['steps']}, saved in {summary['checkpoint']}; go on with --resume",
-        )
+        say(f"stopped by {why} after step {summary['steps']}, saved in {summary['checkpoint']}; go on with --resume")
 
 
 def _engine_of(run: Path) -> tuple[str | None, bool]:

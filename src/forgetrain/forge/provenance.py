@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from forgetrain.durable import new_folder, read_json, sha256_file, write_json
+from forgetrain.durable import new_folder, read_json, read_object, sha256_file, write_json
 from forgetrain.forge.align import ORIGIN
 from forgetrain.judge.ledger import Ledger, key_of_plain
 from forgetrain.spec.target import Target
@@ -57,7 +57,7 @@ def holds(folder: Path, digest: str, key: str) -> bool:
     file, provenance = folder / "engine.py", folder / "provenance.json"
     if not (file.is_file() and provenance.is_file() and sha256_file(file) == digest):
         return False
-    return key_of_plain(read_json(provenance, f"remove {folder}").get("target", {})) == key
+    return key_of_plain(read_object(provenance, f"remove {folder}").get("target", {})) == key
 
 
 def _write_aligned(engine: Path, folder: Path, common: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from forgetrain.data.folder import DataFolder
-from forgetrain.durable import read_json, sha256_file
+from forgetrain.durable import read_object, sha256_file
 from forgetrain.errors import UserError
 from forgetrain.spec.hf import target_from_hf
 from forgetrain.spec.model import Model
@@ -105,7 +105,7 @@ def _require_same_model(folder: Path, model: Model) -> None:
 
 def _files(folder: Path) -> list[Path]:
     if (folder / _INDEX).is_file():
-        names = sorted(set(read_json(folder / _INDEX, _AGAIN)["weight_map"].values()))
+        names = sorted(set(read_object(folder / _INDEX, _AGAIN, weight_map=dict)["weight_map"].values()))
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -148,7 +148,7 @@ def find_initial(
     if found is not None:
         return None
     record = run / "train" / "run.json"
-    known = read_json(record, "start again with --restart").get("init_from") if record.is_file() else None
+    known = read_object(record, "start again with --restart").get("init_from") if record.is_file() else None
     if asked is None and known is not None and not restart:
         return recorded(known, target)
     return None if asked is None else FolderWeights(asked, target)

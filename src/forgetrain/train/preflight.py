@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from forgetrain.data.loader import Loader
-from forgetrain.durable import read_json, sync_folder
+from forgetrain.durable import read_object, sync_folder
 from forgetrain.errors import UserError
 from forgetrain.spec.estimate import in_units, memory, parameters
 from forgetrain.spec.schedule import learning_rate
@@ -198,7 +198,7 @@ def measured_speed(target: Target, run: Path, chosen: ChosenEngine, ranks: int) 
     engine's own provenance for one device; (None, None) when nobody measured it."""
     before = run / "train" / "summary.json"
     if before.is_file():
-        last = read_json(before, "remove it")
+        last = read_object(before, "remove it")
         same = last.get("engine", {}).get("sha256") == chosen.sha256 and last.get("ranks") == ranks
         if same and chosen.sha256 is not None and last.get("tokens_per_second", 0) > 0:
             return last["tokens_per_second"], str(before)
@@ -206,7 +206,7 @@ def measured_speed(target: Target, run: Path, chosen: ChosenEngine, ranks: int) 
         path = Path(chosen.name).parent / name
         if chosen.sha256 is None or ranks > 1 or not path.is_file():
             continue
-        record = read_json(path, "verify the engine again")
+        record = read_object(path, "verify the engine again")
         speed = record.get("speed", {}) if record.get("sha256") == chosen.sha256 else {}
         if speed.get("sequence_length") == target.recipe.sequence_length and speed.get("tokens_per_second"):
             return speed["tokens_per_second"], str(path)
