@@ -103,6 +103,16 @@ RESULT = "return StepResult(%s, torch.tensor(1.0), torch.tensor(True))"
 CHANNEL = "for fd in range(3, 1000): os.path.exists(f'/proc/self/fd/{fd}') and "
 
 
+def test_ranks_share_the_threads_that_the_target_has(tmp_path):
+    """Each with all of them waited busily for the others: a step of two ranks took three times as long."""
+    engine = toy(tmp_path, step=RESULT % "torch.tensor(float(torch.get_num_threads()))")
+    for count, ranks, due in ((1, 1, 4), (1, 2, 2), (2, 2, 4), (1, 4, 1), (2, 1, 4)):
+        target = tiny_target(hardware={"threads": 4, "count": count})
+        with EngineProcess(engine, target, ranks=ranks) as process:
+            process.load(WEIGHTS)
+            assert float(process.step(BATCH, 0.0).loss) == due
+
+
 def slow(*values: object) -> object:
     """A case that repeats what a faster suite has seen in another place."""
     return pytest.param(*values, marks=pytest.mark.slow)

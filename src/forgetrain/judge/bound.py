@@ -24,19 +24,20 @@ MARGIN = 2.0
 
 def least_step_seconds(target: Target, say: Callable[[str], None]) -> float:
     """Seconds of a step of G7's race; 0, and a line that says so, on hardware that the table lacks. Ranks that share
-    layers or rows have a device, or a CPU's threads, each."""
+    layers or rows have a device each, or on a CPU their ``threads_of``."""
     race = target.at_race_shape()
-    devices = max(1.0, target.parallel.sharing / target.hardware.count)
+    hardware = target.hardware
+    ranks = max(target.parallel.sharing, hardware.count)
     try:
-        if hardware_of(target.hardware).is_bound:
-            return roofline(race).bound / devices
+        if hardware_of(hardware).is_bound:
+            return roofline(race).bound * hardware.count / ranks
     except UserError as error:
         say(f"no roofline: {error}")
         return 0.0
     before = torch.get_num_threads()
-    torch.set_num_threads(target.hardware.threads)
+    torch.set_num_threads(hardware.threads_of(ranks))
     rate = measured_gemm_rate(torch.float32 if target.precision.dtype == "fp32" else torch.bfloat16)
     torch.set_num_threads(before)
     flops, recipe = flops_per_token(race.model, race.recipe.sequence_length), race.recipe
     tokens = recipe.batch_size * recipe.sequence_length
-    return tokens * (flops.matmul + flops.attention_causal) / (MARGIN * rate * target.hardware.count * devices)
+    return tokens * (flops.matmul + flops.attention_causal) / (MARGIN * rate * ranks)

@@ -92,8 +92,13 @@ class Hardware(Section):
 
     name: str = "cpu"
     count: Positive = 1
-    threads: Positive = 2  # CPU threads of each process: bits depend on it, so it is part of the target
+    threads: Positive = 2  # CPU threads of each of ``count`` ranks: bits depend on it, so it is part of the target
     memory_gib: PositiveFloat | None = None
+
+    def threads_of(self, ranks: int) -> int:
+        """CPU threads of each of so many ranks on one host: more than ``count`` share what those have. Threads that
+        wait for a core wait busily, and a step of two ranks took three times as long."""
+        return self.threads if ranks <= self.count else max(1, self.threads * self.count // ranks)
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

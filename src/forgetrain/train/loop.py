@@ -50,7 +50,7 @@ from forgetrain.train.start import clear, find_start
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.tracking import Tracker
 from forgetrain.train.verified import ChosenEngine, choose_engine, require_moments
-from forgetrain.train.world import World, start_world, started_again_by
+from forgetrain.train.world import World, ranks_here, start_world, started_again_by
 
 
 def train(
@@ -87,7 +87,7 @@ def train(
     """
     run = runs / target.name
     console = console or Console(stderr=True)
-    threads, device = target.hardware.threads, target.hardware.device
+    threads, device = target.hardware.threads_of(ranks_here()), target.hardware.device
     check_device(target.hardware)
     with start_world(device=device, threads=threads, parallel=target.parallel) as world, ExitStack() as held:
         world.first(lambda: held.enter_context(only_run(run)))
@@ -405,13 +405,13 @@ class Job:
 
     def _facts(self) -> dict[str, Any]:
         """What a run is a function of; in run.json and in every checkpoint."""
-        device = self.target.hardware.device
+        device, threads = self.target.hardware.device, self.target.hardware.threads_of(ranks_here())
         return ({} if self.init_from is None else {"init_from": self.init_from}) | {
             "forgetrain": forgetrain.__version__,
             "target": self.target.plain(),
             "data": self.data.sha256,
             "engine": self.chosen.facts(),
-            "environment": fingerprint(device=device, threads=self.target.hardware.threads, ranks=self.world.size),
+            "environment": fingerprint(device=device, threads=threads, ranks=self.world.size),
         }
 
     def _headline(self) -> str:

@@ -24,7 +24,7 @@ from forgetrain.gates.verdict import require_verdicts
 from forgetrain.numerics.determinism import make_deterministic
 from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.target import Target
-from forgetrain.train.world import World
+from forgetrain.train.world import World, ranks_here
 
 RECORDS = ("verdicts.json", "provenance.json")
 _REFERENCES = "forgetrain.reference."
@@ -71,7 +71,7 @@ class ChosenEngine:
             )
         deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
         if deterministic:
-            make_deterministic(target.hardware.threads, target.hardware.device)
+            make_deterministic(target.hardware.threads_of(ranks_here()), target.hardware.device)
         try:
             engine = module.build(target.plain(), device=device, precision=precision, mesh=mesh)
         except ValueError as error:

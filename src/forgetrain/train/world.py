@@ -148,6 +148,11 @@ def first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def ranks_here() -> int:
+    """How many ranks torchrun started on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def started_again_by() -> str | None:
     """The launcher that gave this command anew after a rank or a node was lost, by what it counts itself; or None."""
     counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "Slurm": "SLURM_RESTART_COUNT"}
