@@ -1,7 +1,8 @@
 """The search for a plan whose bits are the reference's: from one first difference to the next.
 
 In each round the choices that can explain the first difference are tried, alone, then in pairs, then all other
-choices; the one that moves the first difference furthest onward is kept. Candidates are plans of our own, so they run
+choices, those that were written after the reference before others; the one that moves the first difference furthest
+onward is kept. Candidates are plans of our own, so they run
 in this process, with the reference's thread count and deterministic algorithms, and stop at their first difference.
 What comes out is judged again in a process of its own.
 """
@@ -162,6 +163,8 @@ class Search:
                 self.report(attempt)
                 if found.place > reach.place and (best is None or self._better(attempt, best[2])):
                     best = candidate, found, attempt
+                    if found.agrees and self._known(attempt) == len(change):
+                        break  # nothing can be further, or know the reference better
             if best is not None:
                 kept = replace(best[2], kept=True)
                 self.attempts[self.attempts.index(best[2])] = kept
@@ -171,17 +174,20 @@ class Search:
 
     def _better(self, one: Attempt, other: Attempt) -> bool:
         """Further, or as far with more of what is known to be the reference's."""
-        name = self.target.reference.name
-        known = [sum(familiar(key, choice, name) for key, choice in attempt.change) for attempt in (one, other)]
-        return (one.reach.place, known[0]) > (other.reach.place, known[1])
+        return (one.reach.place, self._known(one)) > (other.reach.place, self._known(other))
+
+    def _known(self, attempt: Attempt) -> int:
+        """How many of its choices were written after the reference."""
+        return sum(familiar(key, name, self.target.reference.name) for key, name in attempt.change)
 
     def _groups(self, plan: Plan, tap: str) -> Iterator[Iterator[Change]]:
-        usable = choices(self.target)
+        usable, reference = choices(self.target), self.target.reference.name
         likely = suspects(tap, self.target)
         others = [key for key in usable if key not in likely]
 
         def options(key: str) -> list[tuple[str, str]]:
-            return [(key, name) for name in usable[key] if name != plan[key]]
+            names = [name for name in usable[key] if name != plan[key]]
+            return [(key, name) for name in sorted(names, key=lambda name: not familiar(key, name, reference))]
 
         def pairs(combinations: Iterator[tuple[str, str]]) -> Iterator[Change]:
             for one, two in combinations:
