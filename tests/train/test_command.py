@@ -55,8 +55,8 @@ def forgetrain(folder, *arguments, ranks=1, **options):
     )
 
 
-def finish(process, code=0):
-    out, err = process.communicate(timeout=120)
+def finish(process, code=0, seconds=120):
+    out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, err[-3000:]
     return out, err
 
