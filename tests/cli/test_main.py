@@ -1,10 +1,13 @@
 """The command itself, whatever it is asked for."""
 
+import inspect
 import subprocess
 import sys
+from typing import get_type_hints
 
 import pytest
 from rich.text import Text
+from typer.models import OptionInfo
 
 from forgetrain.cli.main import app, main
 from forgetrain.engine.process import EngineFailure
@@ -24,6 +27,23 @@ def test_its_help_and_its_errors_do_not_wait_for_torch():
 def test_the_help_of_every_command_is_whole():
     for line in (command.callback.__doc__ for command in app.registered_commands):
         assert Text.from_markup(line).plain == line
+
+
+def callbacks(typer):
+    """Every command's function, of commands below others too."""
+    groups = [group.typer_instance for group in typer.registered_groups]
+    return [command.callback for command in typer.registered_commands] + [c for g in groups for c in callbacks(g)]
+
+
+def test_what_must_be_given_has_a_name_of_its_own():
+    """typer 0.27 takes what a required option's value is called in its help for the option's name: --PLAN."""
+    for command in callbacks(app):
+        kinds = get_type_hints(command, include_extras=True)
+        for name, given in inspect.signature(command).parameters.items():
+            options = [item for item in getattr(kinds[name], "__metadata__", ()) if isinstance(item, OptionInfo)]
+            if given.default is inspect.Parameter.empty:
+                unnamed = [option for option in options if option.metavar and option.default is ...]  # else its name
+                assert not unnamed, (command.__module__, name)
 
 
 def test_a_command_in_a_remedy_can_be_copied():

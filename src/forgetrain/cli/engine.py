@@ -22,7 +22,7 @@ def engine() -> None:
 @app.command("write")
 def write(
     target_file: TargetFile,
-    plan: Annotated[Path, typer.Option(metavar="PLAN", help="A plan.toml, as forgetrain align writes one.")],
+    plan: Annotated[Path, typer.Option("--plan", metavar="PLAN", help="A plan.toml, as forgetrain align writes one.")],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The file to write. Default: standard output.")
     ] = None,
