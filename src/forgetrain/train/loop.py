@@ -12,6 +12,7 @@ was never interrupted, bit for bit.
 from __future__ import annotations
 
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from forgetrain.engine.contract import Batch, Engine
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import fingerprint
 from forgetrain.numerics.device import check_device
-from forgetrain.numerics.init import InitialWeights
+from forgetrain.numerics.init import AheadWeights
 from forgetrain.spec.schedule import learning_rate
 from forgetrain.spec.stages import stage_at
 from forgetrain.spec.target import Target
@@ -213,7 +214,12 @@ class Job:
     def _load_initial(self) -> None:
         recipe, initial = self.target.recipe, self.initial
         # Both give one tensor at a time, for a rank that keeps parts may have no room for the whole
-        self.engine.load(InitialWeights(self.target.model, recipe.seed) if initial is None else initial)
+        if initial is not None:
+            self.engine.load(initial)
+        else:
+            cores = max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here()))
+            with AheadWeights(self.target.model, recipe.seed, cores) as weights:
+                self.engine.load(weights)
 
     def _go_on_from(self, found: checkpoint.Checkpoint | None) -> None:
         """Brings an engine that has initial weights to a checkpoint; None is the beginning."""
