@@ -31,7 +31,7 @@ def test_a_round_ends_where_the_references_own_choice_agrees(monkeypatch):
 
 
 def test_another_choice_that_agrees_ends_no_round(monkeypatch):
-    """One that was written after the reference may agree as well, and would be taken."""
+    """One that was modelled on the reference may agree as well, and would be taken."""
     attempts = walked(monkeypatch, {"norm_order": "huggingface"})
     assert len({attempt.round for attempt in attempts}) == 1
     assert attempts[-1].change != (("norm_order", "huggingface"),)

@@ -194,7 +194,7 @@ def test_variables_that_torchrun_would_not_set_are_named(tmp_path, monkeypatch, 
 def test_a_rank_that_does_not_come_is_named(tmp_path):
     target = write_target(tmp_path)
     code = "from forgetrain.cli.main import main; from forgetrain.train import world; world.JOIN_SECONDS = 3.0; main()"
-    environment = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611", "LOCAL_WORLD_SIZE": "3"}
+    environment = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29611"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, "train", str(target)],

@@ -245,6 +245,18 @@ def test_another_engine_at_resume_is_said(tmp_path):
     assert "resuming with the engine" in console.export_text()
 
 
+def test_another_environment_at_resume_is_said(tmp_path):
+    target, _ = built(tmp_path)
+    run(target, tmp_path, stop_after=2)
+    other = target.model_copy(update={"hardware": target.hardware.model_copy(update={"threads": 1})})
+    for resumed, due in ((target, False), (other, True)):
+        console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+        train(resumed, runs=tmp_path, console=console, resume=True, stop_after=3 + due)
+        text = console.export_text()
+        assert ("resuming in another environment, whose bits may differ: threads 1, which was 2" in text) == due
+        assert "resuming" in text
+
+
 def test_a_held_out_loss_beyond_the_checkpoint_is_not_that_of_the_new_weights(tmp_path):
     target, _ = built(tmp_path, recipe={"steps": 8}, train={"checkpoint_every": 4, "keep_last": 3})
     before = run(target, tmp_path)

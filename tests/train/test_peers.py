@@ -72,23 +72,24 @@ SLOW_FIRST = """
 import time
 from datetime import timedelta
 import torch.distributed as dist
+from forgetrain.spec.target import Hardware
 from forgetrain.train.world import start_world
 
 real = dist.new_group
 dist.new_group = lambda *ranks, **options: real(*ranks, **{"timeout": timedelta(seconds=2), **options})
-with start_world(device="cpu", threads=1) as world:
+with start_world(Hardware(threads=1)) as world:
     for each in (world, world.beside()):
         assert each.first(lambda: time.sleep(5) or "done") == "done"
 """
 
 
-@pytest.mark.slow
-def test_the_others_wait_for_what_rank_0_does_alone():
+def both_run(code):
+    """Two ranks of this code, started as ``start_by_hand`` does."""
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(free_port())
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", SLOW_FIRST],
+            [sys.executable, "-c", code],
             stderr=subprocess.PIPE,
             text=True,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -98,6 +99,24 @@ def test_the_others_wait_for_what_rank_0_does_alone():
     for process in ranks:
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_what_rank_0_does_alone():
+    both_run(SLOW_FIRST)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_host_share_its_threads_whoever_starts_them():
+    """srun says how many ranks there are, and not how many of them are here."""
+    both_run("""
+import torch
+from forgetrain.spec.target import Hardware
+from forgetrain.train.world import start_world
+
+with start_world(Hardware(threads=4)) as world:
+    assert (world.here, torch.get_num_threads()) == (2, 2)
+""")
 
 
 def test_who_leaves_leaves_no_thread_behind_that_python_would_meet_in_the_store_at_its_end():

@@ -1,7 +1,7 @@
 """The search for a plan whose bits are the reference's: from one first difference to the next.
 
 In each round the choices that can explain the first difference are tried, alone, then in pairs, then all other
-choices, those that were written after the reference before others; the one that moves the first difference furthest
+choices, those that were modelled on the reference before others; the one that moves the first difference furthest
 onward is kept. Candidates are plans of our own, so they run
 in this process, with the reference's thread count and deterministic algorithms, and stop at their first difference.
 What comes out is judged again in a process of its own.
@@ -177,7 +177,7 @@ class Search:
         return (one.reach.place, self._known(one)) > (other.reach.place, self._known(other))
 
     def _known(self, attempt: Attempt) -> int:
-        """How many of its choices were written after the reference."""
+        """How many of its choices were modelled on the reference."""
         return sum(familiar(key, name, self.target.reference.name) for key, name in attempt.change)
 
     def _groups(self, plan: Plan, tap: str) -> Iterator[Iterator[Change]]:

@@ -420,5 +420,5 @@ class Trial:
             "warm_up_seconds": sum(run.candidate.warm_up),
             "build_seconds": first_answers["candidate"],
             "pairs": len(candidate),
-            "threads": self.judge.target.hardware.threads,
+            "threads": self.judge.target.hardware.threads_of(self.judge.target.parallel.sharing),
         }

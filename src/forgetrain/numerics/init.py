@@ -38,6 +38,9 @@ class InitialWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # without drawing it
+
     def __getitem__(self, name: str) -> Tensor:
         drawn, std = self._drawn(name)
         return drawn if std is None else drawn.mul_(std)
@@ -58,14 +61,15 @@ class InitialWeights(Mapping[str, Tensor]):
 
 
 class AheadWeights(InitialWeights):
-    """For who asks once for each, about in their order: while one is used the next ones are drawn, each on a core, so
-    that at most ``cores`` are whole besides it. A core draws some 120 million numbers a second, so that a rank of a
-    model of ten billion parameters, which draws them all to keep its part, would wait for a minute and a half."""
+    """For who asks once for each, matrices about in their order: while one is used the next ones are drawn, each on a
+    core, so that at most ``cores`` are whole besides it. A core draws some 120 million numbers a second, so that a rank
+    of a model of ten billion parameters, which draws them all to keep its part, would wait for a minute and a half."""
 
     def __init__(self, model: Model, seed: int, cores: int):
         super().__init__(model, seed)
-        self._names, self._cores = list(self._shapes), cores
-        self._pool = ThreadPoolExecutor(cores)
+        matrices = [name for name, shape in self._shapes.items() if len(shape) > 1]  # the rest takes no time
+        self._after = dict(itertools.pairwise(matrices))
+        self._cores, self._pool = cores, ThreadPoolExecutor(cores)
         self._coming: dict[str, Future[tuple[Tensor, float | None]]] = {}
 
     def __enter__(self) -> AheadWeights:
@@ -76,13 +80,12 @@ class AheadWeights(InitialWeights):
         self._coming.clear()
 
     def __getitem__(self, name: str) -> Tensor:
-        asked = self._coming.pop(name, None) or self._pool.submit(self._drawn, name)
-        for later in itertools.islice(self._names, self._names.index(name) + 1, None):
-            if len(self._coming) == self._cores:
-                break
+        asked, later = self._coming.pop(name, None), self._after.get(name)
+        while later is not None and len(self._coming) < self._cores:
             if later not in self._coming:
                 self._coming[later] = self._pool.submit(self._drawn, later)
-        drawn, std = asked.result()
+            later = self._after.get(later)
+        drawn, std = self._drawn(name) if asked is None else asked.result()
         return drawn if std is None else drawn.mul_(std)
 
 

@@ -26,7 +26,6 @@ from forgetrain.data.loader import Loader
 from forgetrain.durable import write_json
 from forgetrain.engine.contract import Batch, Engine
 from forgetrain.errors import UserError
-from forgetrain.numerics.determinism import fingerprint
 from forgetrain.numerics.device import check_device
 from forgetrain.numerics.init import AheadWeights
 from forgetrain.spec.schedule import learning_rate
@@ -47,11 +46,11 @@ from forgetrain.train.saving import Saver
 from forgetrain.train.speed import Speed
 from forgetrain.train.spikes import Spikes, first_grown, sizes_of_taps
 from forgetrain.train.stages import comparable, mean_length, require_every_length, tokens_by_length
-from forgetrain.train.start import clear, find_start
+from forgetrain.train.start import clear, environment_of, find_start
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.tracking import Tracker
 from forgetrain.train.verified import ChosenEngine, choose_engine, require_moments
-from forgetrain.train.world import World, ranks_here, start_world, started_again_by
+from forgetrain.train.world import World, start_world, started_again_by
 
 
 def train(
@@ -88,9 +87,8 @@ def train(
     """
     run = runs / target.name
     console = console or Console(stderr=True)
-    threads, device = target.hardware.threads_of(ranks_here()), target.hardware.device
     check_device(target.hardware)
-    with start_world(device=device, threads=threads, parallel=target.parallel) as world, ExitStack() as held:
+    with start_world(target.hardware, target.parallel) as world, ExitStack() as held:
         world.first(lambda: held.enter_context(only_run(run)))
         if world.rank != 0:
             console = Console(quiet=True)
@@ -105,7 +103,8 @@ def train(
         data = open_data(run / "data", target, verify=False)
         found = None
         if not restart:
-            found = world.first(lambda: find_start(target, run, data, chosen, console, resume=resume))
+            here = environment_of(target, world)
+            found = world.first(lambda: find_start(target, run, data, chosen, here, console, resume=resume))
         first_step, last = found.step if found else 0, min(stop_after or target.recipe.steps, target.recipe.steps)
         loader = world.each(
             lambda: Loader(data, target, rank=world.data_rank, world=world.data_size, device=world.device)
@@ -176,7 +175,9 @@ class Job:
     def prepare(self, found: checkpoint.Checkpoint | None, check_initial: CheckInitial | None) -> None:
         """Builds the engine with initial weights, and refuses one that cannot make this run; writes nothing."""
         target, device, name = self.target, self.world.device, self.chosen.name
-        self.engine, self.deterministic = self.chosen.build(target, device=device, mesh=self.world.mesh)
+        self.engine, self.deterministic = self.chosen.build(
+            target, device=device, mesh=self.world.mesh, here=self.world.here
+        )
         self.init_from = None if found is None else found.manifest.get("init_from")
         if (initial := self.initial) is not None:
             self.init_from = self.world.first(lambda: compared(target, initial, self.chosen, check_initial))
@@ -217,7 +218,7 @@ class Job:
         if initial is not None:
             self.engine.load(initial)
         else:
-            cores = max(1, min(8, len(os.sched_getaffinity(0)) // ranks_here()))
+            cores = max(1, min(8, len(os.sched_getaffinity(0)) // self.world.here))
             with AheadWeights(self.target.model, recipe.seed, cores) as weights:
                 self.engine.load(weights)
 
@@ -411,13 +412,12 @@ class Job:
 
     def _facts(self) -> dict[str, Any]:
         """What a run is a function of; in run.json and in every checkpoint."""
-        device, threads = self.target.hardware.device, self.target.hardware.threads_of(ranks_here())
         return ({} if self.init_from is None else {"init_from": self.init_from}) | {
             "forgetrain": forgetrain.__version__,
             "target": self.target.plain(),
             "data": self.data.sha256,
             "engine": self.chosen.facts(),
-            "environment": fingerprint(device=device, threads=threads, ranks=self.world.size),
+            "environment": environment_of(self.target, self.world),
         }
 
     def _headline(self) -> str:

@@ -27,7 +27,7 @@ from forgetrain.spec.target import Recipe, Target, Training
 from forgetrain.train.machine import available_memory, free_device_memory
 from forgetrain.train.tracking import require_wandb
 from forgetrain.train.verified import RECORDS, ChosenEngine
-from forgetrain.train.world import World, ranks_here
+from forgetrain.train.world import World
 
 #: A checkpoint holds the fp32 master and two fp32 moments of every parameter.
 STATE_BYTES = 12
@@ -69,9 +69,8 @@ def _processes(world: World) -> Check:
 def _memory(target: Target, world: World) -> Check:
     """A run's states must fit, for no engine does without them; activations it may recompute, so those only warn."""
     need, sharded = memory(target), memory(target, shard=True)
-    here = ranks_here()
-    ranks = 1 if world.device.startswith("cuda") else here  # on a CPU the ranks of a host share its memory
-    copy = STATE_BYTES * parameters(target.model).total * here
+    ranks = 1 if world.device.startswith("cuda") else world.here  # on a CPU the ranks of a host share its memory
+    copy = STATE_BYTES * parameters(target.model).total * world.here
     least = (sharded.weights + sharded.optimizer) * ranks
     free, host = free_device_memory(world.device), available_memory()
     if world.device == "cpu":

@@ -1,12 +1,14 @@
 """Where a run starts: at an earlier run's checkpoint, if it is one of the same run, or at the beginning.
 
-found = find_start(target, run, data, chosen, console, resume=True)     # None is the beginning
-clear(run)                                                              # --restart, once every check has passed
+here = environment_of(target, world)
+found = find_start(target, run, data, chosen, here, console, resume=True)     # None is the beginning
+clear(run)                                                                    # --restart, once every check has passed
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,14 @@ from rich.console import Console
 
 from forgetrain.data.folder import DataFolder
 from forgetrain.errors import UserError
+from forgetrain.numerics.determinism import fingerprint
 from forgetrain.spec.stages import stages_of
 from forgetrain.spec.target import Target
 from forgetrain.train import checkpoint
 from forgetrain.train.display import say
 from forgetrain.train.stages import require_same_past
 from forgetrain.train.verified import ChosenEngine
+from forgetrain.train.world import World
 
 #: What must be equal for a checkpoint to go on: other values would make another run of it.
 FIXED = (
@@ -29,9 +33,17 @@ FIXED = (
 
 
 def find_start(
-    target: Target, run: Path, data: DataFolder, chosen: ChosenEngine, console: Console, *, resume: bool
+    target: Target,
+    run: Path,
+    data: DataFolder,
+    chosen: ChosenEngine,
+    environment: Mapping[str, Any],
+    console: Console,
+    *,
+    resume: bool,
 ) -> checkpoint.Checkpoint | None:
-    """The newest good checkpoint to go on from; None is the beginning.
+    """The newest good checkpoint to go on from; None is the beginning. ``environment``: this run's, by
+    ``environment_of``; where the checkpoint's was another, that is told.
 
     Raises:
         UserError: there are checkpoints and ``resume`` was not asked for; or they are of another run.
@@ -50,7 +62,17 @@ def find_start(
         if (before := found.manifest["engine"])["sha256"] != chosen.sha256:
             was = before["status"] if before["name"] == chosen.name else before["name"]
             say(console, f"resuming with the engine {chosen.name} ({chosen.status}), before it was {was}")
+        before, now = found.manifest["environment"], environment
+        apart = [f"{key} {now[key]}, which was {before[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        if apart:
+            say(console, f"resuming in another environment, whose bits may differ: {'; '.join(apart)}")
     return found
+
+
+def environment_of(target: Target, world: World) -> dict[str, str | int]:
+    """What a run's bits depend on besides the target, the data and the engine."""
+    hardware = target.hardware
+    return fingerprint(device=hardware.device, threads=hardware.threads_of(world.here), ranks=world.size)
 
 
 def clear(run: Path) -> None:

@@ -24,7 +24,7 @@ from forgetrain.gates.verdict import require_verdicts
 from forgetrain.numerics.determinism import make_deterministic
 from forgetrain.spec.moments import state_shapes
 from forgetrain.spec.target import Target
-from forgetrain.train.world import World, ranks_here
+from forgetrain.train.world import World
 
 RECORDS = ("verdicts.json", "provenance.json")
 _REFERENCES = "forgetrain.reference."
@@ -45,8 +45,9 @@ class ChosenEngine:
     def facts(self) -> dict[str, Any]:
         return {"name": self.name, "sha256": self.sha256, "status": self.status}
 
-    def build(self, target: Target, *, device: str, mesh: DeviceMesh | None) -> tuple[Engine, bool]:
-        """The engine without weights, and whether it is deterministic; torch is asked to be so for one that is.
+    def build(self, target: Target, *, device: str, mesh: DeviceMesh | None, here: int = 1) -> tuple[Engine, bool]:
+        """The engine without weights, and whether it is deterministic; torch is asked to be so for one that is, with
+        the threads of a rank where ``here`` are on a host.
 
         Raises:
             UserError: it was made for another target, or this machine lacks what it needs.
@@ -71,7 +72,7 @@ class ChosenEngine:
             )
         deterministic = getattr(module, "DETERMINISTIC", True)  # an engine that cannot be says so
         if deterministic:
-            make_deterministic(target.hardware.threads_of(ranks_here()), target.hardware.device)
+            make_deterministic(target.hardware.threads_of(here), target.hardware.device)
         try:
             engine = module.build(target.plain(), device=device, precision=precision, mesh=mesh)
         except ValueError as error:

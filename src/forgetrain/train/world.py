@@ -1,6 +1,6 @@
 """The processes of a training run: one by default, or as many as torchrun started.
 
-with start_world(device="cpu", threads=2) as world:
+with start_world(target.hardware) as world:
     world.rank, world.size, world.mesh                 # mesh: a DeviceMesh, or None for one process
     manifest = world.first(lambda: read_and_check())   # done on rank 0, the answer or the error on all
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import set_cuda_environment
 from forgetrain.spec.parallel import Parallel
+from forgetrain.spec.target import Hardware
 from forgetrain.train.peers import Peers
 
 T = TypeVar("T")
@@ -41,6 +43,7 @@ class World:
     control: dist.ProcessGroup | None  # a Gloo group of its own, so that control never waits for a GPU's stream
     background: dist.ProcessGroup | None = None  # another, for threads beside the steps
     parallel: Parallel = _ALONE
+    here: int = 1  # ranks on this host, this one among them
 
     @property
     def data_rank(self) -> int:
@@ -100,17 +103,18 @@ class World:
 
 
 @contextmanager
-def start_world(*, device: str, threads: int, parallel: Parallel = _ALONE) -> Iterator[World]:
+def start_world(hardware: Hardware, parallel: Parallel = _ALONE) -> Iterator[World]:
     """Makes the process group that torchrun asks for by RANK and WORLD_SIZE, and takes it down again.
 
-    ``device`` is "cpu" or "cuda"; ``parallel`` says how many ranks hold a layer or a row together. When another rank
-    dies, this process ends within seconds (``peers``).
+    torch gets the threads that ``hardware`` has for each rank of a host; ``parallel`` says how many ranks hold a layer
+    or a row together. When another rank dies, this process ends within seconds (``peers``).
 
     Raises:
         UserError: there is no GPU, or fewer than ranks on this host; or ranks do not divide as ``parallel`` says; or a
             rank does not come.
     """
     size, rank, local = _asked_for()
+    device = hardware.device
     sharing = parallel.sharing
     remedy = f"start {sharing} with torchrun --nproc-per-node {sharing}, or a multiple of that"
     parallel.require_fit(size, f"the {size} ranks that were started", remedy)
@@ -124,7 +128,7 @@ def start_world(*, device: str, threads: int, parallel: Parallel = _ALONE) -> It
             )
         set_cuda_environment()
         torch.cuda.set_device(local)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(hardware.threads_of(1))
     place = f"cuda:{local}" if device == "cuda" else "cpu"
     if size == 1:
         yield World(0, 1, place, None, None)
@@ -137,7 +141,11 @@ def start_world(*, device: str, threads: int, parallel: Parallel = _ALONE) -> It
             control, background = (
                 cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE)) for _ in range(2)
             )
-            yield World(rank, size, place, mesh, control, background, parallel)
+            world = World(rank, size, place, mesh, control, background, parallel)
+            # not every launcher says how many it starts on a host
+            world.here = world.gather(socket.gethostname()).count(socket.gethostname())
+            torch.set_num_threads(hardware.threads_of(world.here))
+            yield world
             dist.barrier(control)  # rank 0 may hold the store, so it leaves with the last
     finally:
         dist.destroy_process_group()
@@ -146,11 +154,6 @@ def start_world(*, device: str, threads: int, parallel: Parallel = _ALONE) -> It
 def first_rank() -> bool:
     """Whether this process is the one that speaks for all, by what torchrun says of it."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def ranks_here() -> int:
-    """How many ranks torchrun started on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def started_again_by() -> str | None:
