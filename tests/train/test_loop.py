@@ -2,18 +2,20 @@ import io
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from forgetrain.durable import sha256_file
+from forgetrain.durable import sha256_file, write_json
 from forgetrain.engine.plan import Plan
 from forgetrain.engine.write import write_engine
 from forgetrain.errors import UserError
 from forgetrain.train import checkpoint
 from forgetrain.train.loop import train
 from forgetrain.train.metrics import read_journal
+from forgetrain.train.verified import choose_engine
 from tests.corpus import VOCAB, built
 from tests.engine.toy import toy
 from tests.tiny import tiny_target
@@ -243,6 +245,20 @@ def test_another_engine_at_resume_is_said(tmp_path):
     console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
     train(target, runs=tmp_path, console=console, resume=True, engine=str(toy(tmp_path)), unverified=True)
     assert "resuming with the engine" in console.export_text()
+
+
+@pytest.mark.parametrize(("passed", "told"), [(True, True), (False, False), (None, False)])
+def test_an_engine_that_ships_is_named_where_none_is_aligned(tmp_path, monkeypatch, passed, told):
+    target, _ = built(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shipped = Path("engines") / target.name
+    shipped.mkdir(parents=True)
+    toy(shipped)
+    verdicts = [] if passed is None else [{"gate": "contract", "pass": True}, {"gate": "G9", "pass": passed}]
+    write_json(shipped / "provenance.json", {"sha256": sha256_file(shipped / "engine.py"), "verdicts": verdicts})
+    status = choose_engine(target, tmp_path / target.name, None, unverified=False).status
+    assert status.startswith("textbook plan, not aligned with a reference")
+    assert (f"{shipped / 'engine.py'} has passed its gates" in status) == told
 
 
 def test_another_environment_at_resume_is_said(tmp_path):

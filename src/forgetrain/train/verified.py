@@ -135,7 +135,11 @@ def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: 
             if target.parallel.context > 1:
                 plan = plan.with_choice("attention_kernel", "blocked")
         path.write_text(write_engine(target, plan), encoding="utf-8")
-        return ChosenEngine(str(path), sha256_file(path), f"{name} plan, not aligned with a reference", False)
+        status = f"{name} plan, not aligned with a reference"
+        shipped = Path("engines") / target.name / "engine.py"
+        if shipped.is_file() and all(verdict["pass"] for verdict in find_verdicts(shipped, []) or [{"pass": False}]):
+            status += f"; {shipped} has passed its gates: --engine takes it"
+        return ChosenEngine(str(path), sha256_file(path), status, False)
     path = aligned if engine is None else Path(engine)
     if not path.is_file():
         raise UserError("no such engine file", file=path, remedy="forgetrain align TARGET writes one")
