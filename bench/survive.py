@@ -32,10 +32,13 @@ def main() -> None:
     parser.add_argument("--engine", default=None, help="an engine file; default: the target's own")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--at", type=int, default=4, help="the step of the checkpoint that is resumed")
-    parser.add_argument("--steps", type=int, default=3, help="steps after it that are compared; at most AT")
+    parser.add_argument("--steps", type=int, default=3, help="steps after it that are compared, fewer than AT")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     options = parser.parse_args()
+    if not 0 < options.steps < options.at:
+        parser.error("--steps must be below --at, or the next checkpoint is due before they are taken")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is killed then, too
     result = survive(options)
     print(json.dumps(result))
     sys.exit(0 if result["equal"] else 1)
@@ -47,9 +50,14 @@ def survive(options: argparse.Namespace) -> dict[str, Any]:
     saved, last = folder_of(run / "checkpoints", options.at), options.at + options.steps
     first = Run(options, run, "--restart")
     first.until(lambda: saved.is_dir() and first.last_step() >= last)
+    taken = sorted(run.glob("checkpoints/step-*"))
+    if taken != [saved]:
+        sys.exit(f"there are {[path.name for path in taken]}: steps are too quick, choose a larger --at")
     size = sum(file.stat().st_size for file in saved.rglob("*") if file.is_file())
     second = Run(options, run, "--resume")
     second.until(lambda: second.last_step() >= last)
+    if (resumed_at := json.loads((run / "train" / "run.json").read_text())["resumed_at"]) != options.at:
+        sys.exit(f"it went on from step {resumed_at}, not from {options.at}")
     compared = range(options.at + 1, last + 1)
     before, after = ([(run.steps[n]["loss"], run.steps[n]["grad_norm"]) for n in compared] for run in (first, second))
     return {
@@ -100,6 +108,8 @@ class Run:
             for pid in (self.process.pid, *children):  # torchrun's ranks have sessions of their own
                 send(pid)
             self.process.wait()
+            while any(map(alive, children)):  # what they hold of a GPU is theirs until then
+                time.sleep(0.1)
 
     def last_step(self) -> int:
         return max(self.steps, default=0)
@@ -132,6 +142,11 @@ def descendants(pid: int) -> list[int]:
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
     children = [int(word) for word in found.stdout.split()]
     return [*children, *(below for child in children for below in descendants(child))]
+
+
+def alive(pid: int) -> bool:
+    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return found.stdout.strip()[:1] not in ("", "Z")
 
 
 def send(pid: int) -> None:

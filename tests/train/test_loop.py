@@ -15,7 +15,7 @@ from forgetrain.errors import UserError
 from forgetrain.train import checkpoint
 from forgetrain.train.loop import train
 from forgetrain.train.metrics import read_journal
-from forgetrain.train.verified import choose_engine
+from forgetrain.train.verified import shipped_engine
 from tests.corpus import VOCAB, built
 from tests.engine.toy import toy
 from tests.tiny import tiny_target
@@ -247,30 +247,61 @@ def test_another_engine_at_resume_is_said(tmp_path):
     assert "resuming with the engine" in console.export_text()
 
 
-@pytest.mark.parametrize(("passed", "told"), [(True, True), (False, False), (None, False)])
-def test_an_engine_that_ships_is_named_where_none_is_aligned(tmp_path, monkeypatch, passed, told):
+def ship(target, verdicts, **changed):
+    """Into the folder of engines of the working directory."""
+    folder = Path("engines") / target.name
+    folder.mkdir(parents=True, exist_ok=True)
+    engine = toy(folder)
+    plain = target.plain()
+    of = {**plain, **{key: {**plain[key], **values} for key, values in changed.items()}}
+    write_json(folder / "provenance.json", {"sha256": sha256_file(engine), "target": of, "verdicts": verdicts})
+    return engine
+
+
+def test_an_engine_that_ships_is_named_where_none_is_aligned(tmp_path, monkeypatch):
     target, _ = built(tmp_path)
     monkeypatch.chdir(tmp_path)
-    shipped = Path("engines") / target.name
-    shipped.mkdir(parents=True)
-    toy(shipped)
-    verdicts = [] if passed is None else [{"gate": "contract", "pass": True}, {"gate": "G9", "pass": passed}]
-    write_json(shipped / "provenance.json", {"sha256": sha256_file(shipped / "engine.py"), "verdicts": verdicts})
-    status = choose_engine(target, tmp_path / target.name, None, unverified=False).status
-    assert status.startswith("textbook plan, not aligned with a reference")
-    assert (f"{shipped / 'engine.py'} has passed its gates" in status) == told
+    passed, failed = ({"gate": gate, "pass": gate != "G9"} for gate in ("contract", "G9"))
+    engine = ship(target, [passed], data={"sources": [{"path": "elsewhere"}]}, train={"log_every": 1})
+    console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
+    train(target, runs=tmp_path, console=console, stop_after=1)
+    assert f"{engine} has passed its gates: --engine {engine} trains with it" in console.export_text()
+    assert shipped_engine(target) == engine
+    for verdicts, changed in (
+        ([passed, failed], {}),
+        ([], {}),
+        ([passed], {"precision": {"dtype": "bf16"}}),
+        ([passed], {"parallel": {"tensor": 2}}),
+        ([passed], {"model": {"num_hidden_layers": 9}}),
+        ([passed], {"recipe": {"optimizer": "muon"}}),
+        ([passed], {"data": {"documents": "mask"}}),
+    ):
+        ship(target, verdicts, **changed)
+        assert shipped_engine(target) is None
+    for damaged in ("{", "[]", "{}", '{"target": 3}'):
+        (engine.parent / "provenance.json").write_text(damaged)
+        assert shipped_engine(target) is None
+    shutil.rmtree("engines")
+    assert shipped_engine(target) is None
 
 
-def test_another_environment_at_resume_is_said(tmp_path):
+def test_another_environment_at_resume_is_said(tmp_path, monkeypatch):
     target, _ = built(tmp_path)
-    run(target, tmp_path, stop_after=2)
-    other = target.model_copy(update={"hardware": target.hardware.model_copy(update={"threads": 1})})
-    for resumed, due in ((target, False), (other, True)):
+
+    def text_of(target, **options):
         console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
-        train(resumed, runs=tmp_path, console=console, resume=True, stop_after=3 + due)
-        text = console.export_text()
-        assert ("resuming in another environment, whose bits may differ: threads 1, which was 2" in text) == due
-        assert "resuming" in text
+        train(target, runs=tmp_path, console=console, **options)
+        return console.export_text()
+
+    text_of(target, stop_after=2)
+    assert "another environment" not in text_of(target, resume=True, stop_after=3)
+    other = target.model_copy(update={"hardware": target.hardware.model_copy(update={"threads": 1})})
+    text = text_of(other, resume=True, stop_after=4)
+    assert "resuming with hardware.threads = 1, which was 2" in text
+    assert "another environment" not in text  # that was told
+    monkeypatch.setattr("forgetrain.numerics.determinism._cpu_name", lambda: "an abacus")
+    text = text_of(other, resume=True, stop_after=5)
+    assert "resuming in another environment, whose bits may differ: processor an abacus, which was" in text
 
 
 def test_a_held_out_loss_beyond_the_checkpoint_is_not_that_of_the_new_weights(tmp_path):

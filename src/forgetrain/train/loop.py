@@ -49,7 +49,7 @@ from forgetrain.train.stages import comparable, mean_length, require_every_lengt
 from forgetrain.train.start import clear, environment_of, find_start
 from forgetrain.train.stop import SAVE_FAILED, Stop
 from forgetrain.train.tracking import Tracker
-from forgetrain.train.verified import ChosenEngine, choose_engine, require_moments
+from forgetrain.train.verified import ChosenEngine, choose_engine, require_moments, shipped_engine
 from forgetrain.train.world import World, start_world, started_again_by
 
 
@@ -99,6 +99,8 @@ def train(
             )
             resume, restart = True, False
         chosen = world.first(lambda: choose_engine(target, run, engine, unverified=unverified))
+        if engine is None and not chosen.verified and (shipped := shipped_engine(target)) is not None:
+            say(console, f"{shipped} has passed its gates: --engine {shipped} trains with it")
         world.first(lambda: _check_data(target, run))
         data = open_data(run / "data", target, verify=False)
         found = None
@@ -218,7 +220,8 @@ class Job:
         if initial is not None:
             self.engine.load(initial)
         else:
-            cores = max(1, min(8, len(os.sched_getaffinity(0)) // self.world.here))
+            cores = len(os.sched_getaffinity(0))  # a launcher may have given each rank its own
+            cores = max(1, min(8, cores if cores != os.cpu_count() else cores // self.world.here))
             with AheadWeights(self.target.model, recipe.seed, cores) as weights:
                 self.engine.load(weights)
 

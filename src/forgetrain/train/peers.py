@@ -36,7 +36,7 @@ SILENCE_SECONDS = 60.0
 SAME_ERROR_SECONDS = 5.0
 
 
-def _place() -> str:
+def shared_place() -> str:
     """Names what shares process ids: the host, and on Linux its boot and the namespace of pids."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     known = f"{boot.read_text().strip()} {namespace.readlink()}" if boot.is_file() else ""
@@ -57,7 +57,7 @@ class Peers:
         self.rank, self._end = rank, end
         self._others = [other for other in range(size) if other != rank]
         self._store = PrefixStore("peers", store)
-        self._store.set(f"place/{rank}", json.dumps({"place": _place(), "pid": os.getpid()}))
+        self._store.set(f"place/{rank}", json.dumps({"place": shared_place(), "pid": os.getpid()}))
         names = [f"place/{other}" for other in self._others]
         self._peers = dict(zip(self._others, map(json.loads, self._store.multi_get(names)), strict=True))
         self._stopping = threading.Event()
@@ -116,7 +116,7 @@ class Peers:
         if not hasattr(os, "pidfd_open"):
             return found
         for other, peer in self._peers.items():
-            if peer["place"] == _place():
+            if peer["place"] == shared_place():
                 try:
                     found[os.pidfd_open(peer["pid"])] = other
                 except ProcessLookupError:

@@ -63,7 +63,10 @@ def find_start(
             was = before["status"] if before["name"] == chosen.name else before["name"]
             say(console, f"resuming with the engine {chosen.name} ({chosen.status}), before it was {was}")
         before, now = found.manifest["environment"], environment
-        apart = [f"{key} {now[key]}, which was {before[key]}" for key in now if before.get(key, now[key]) != now[key]]
+        told = {"threads"} if found.manifest["target"]["hardware"]["threads"] != target.hardware.threads else set()
+        of_no_gpu = {"threads", "capability"} if target.hardware.device == "cuda" else set()
+        keys = [key for key in now if key not in told | of_no_gpu and before.get(key, now[key]) != now[key]]
+        apart = [f"{key} {now[key]}, which was {before[key]}" for key in keys]
         if apart:
             say(console, f"resuming in another environment, whose bits may differ: {'; '.join(apart)}")
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import set_cuda_environment
 from forgetrain.spec.parallel import Parallel
 from forgetrain.spec.target import Hardware
-from forgetrain.train.peers import Peers
+from forgetrain.train.peers import Peers, shared_place
 
 T = TypeVar("T")
 _ALONE = Parallel()
@@ -143,7 +142,7 @@ def start_world(hardware: Hardware, parallel: Parallel = _ALONE) -> Iterator[Wor
             )
             world = World(rank, size, place, mesh, control, background, parallel)
             # not every launcher says how many it starts on a host
-            world.here = world.gather(socket.gethostname()).count(socket.gethostname())
+            world.here = world.gather(shared_place()).count(shared_place())
             torch.set_num_threads(hardware.threads_of(world.here))
             yield world
             dist.barrier(control)  # rank 0 may hold the store, so it leaves with the last
