@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from forgetrain.engine.plan import Plan
+from forgetrain.engine.plan import WITHOUT_NATIVE, Plan
 from forgetrain.engine.write import load_engine, write_engine
 from forgetrain.numerics.device import this_gpu
 from forgetrain.spec.parallel import Parallel
@@ -25,7 +25,7 @@ LAYOUTS = {
     "production, sharded": (2, {"schedule": "production"}, {}),
     "production, replicated": (2, {"schedule": "production", "optimizer_state": "replicated"}, {}),
     "production, tensor": (2, {"schedule": "production"}, {"tensor": 2}),
-    "production, context": (2, {"schedule": "production", "attention_kernel": "blocked"}, {"context": 2}),
+    "production, context": (2, {"schedule": "production"}, {"context": 2}),
     "production, data and tensor": (4, {"schedule": "production"}, {"tensor": 2}),
     "fsdp": (2, {"schedule": "fsdp"}, {}),
     "fsdp, reduced once a step": (2, {"schedule": "fsdp", "gradients": "whole"}, {}),
@@ -46,7 +46,7 @@ class Runs:
         target = self.target.model_copy(update={"parallel": Parallel(**parallel)})
         file, engine = self.folder / "target.toml", self.folder / "engine.py"
         file.write_text(to_toml(target))
-        engine.write_text(write_engine(target, Plan(choices)))
+        engine.write_text(write_engine(target, Plan({**WITHOUT_NATIVE, **choices})))
         given = ["train", file, "--engine", engine, "--unverified", "--runs", self.folder, "--json", *options]
         out, _ = finish(forgetrain(self.folder, *given, ranks=ranks), seconds=300)
         journal = read_journal(self.folder / target.name / "train" / "metrics.jsonl")
