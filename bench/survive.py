@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from forgetrain.engine import tree
 from forgetrain.spec.target import load_target
 from forgetrain.train.checkpoint import folder_of
 from forgetrain.train.metrics import read_journal
@@ -81,7 +81,6 @@ class Run:
         self.steps: dict[int, dict[str, Any]] = {}
         self.seconds: dict[int, float] = {}
         self.gpu_mib = 0
-        self._places: dict[Path, float] = {}
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
         given = [f"train.checkpoint_every={options.at}", "train.log_every=1", *options.overrides]
         given = ["--runs", str(options.runs), how, "--unverified", *(word for key in given for word in ("--set", key))]
@@ -93,22 +92,23 @@ class Run:
 
     def until(self, done: Callable[[], bool]) -> None:
         """Waits, then kills every process of the run."""
-        children: list[int] = []
+        processes: list[int] = []
         try:
             while not done():
                 self._look()
-                children = descendants(self.process.pid) or children
                 if self.process.poll() is not None:
                     self.printed.seek(0)
                     lines = self.printed.read().splitlines()
                     told = [line for line in lines if line.startswith("forgetrain: ")] or lines[-20:]
                     sys.exit("\n".join(["the run ended by itself", *told]))
+                processes = tree.descendants(self.process.pid)
                 time.sleep(0.1)
         finally:
-            for pid in (self.process.pid, *children):  # torchrun's ranks have sessions of their own
-                send(pid)
+            tree.kill(self.process.pid)
             self.process.wait()
-            while any(map(alive, children)):  # what they hold of a GPU is theirs until then
+            while any(
+                tree.usage(pid).resident_bytes for pid in processes
+            ):  # what they hold of a GPU is theirs till then
                 time.sleep(0.1)
 
     def last_step(self) -> int:
@@ -136,24 +136,6 @@ def gpu_mib() -> int:
     except (OSError, subprocess.CalledProcessError):
         return 0
     return max(map(int, told.split()))
-
-
-def descendants(pid: int) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    children = [int(word) for word in found.stdout.split()]
-    return [*children, *(below for child in children for below in descendants(child))]
-
-
-def alive(pid: int) -> bool:
-    found = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return found.stdout.strip()[:1] not in ("", "Z")
-
-
-def send(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:  # it was faster
-        return
 
 
 if __name__ == "__main__":

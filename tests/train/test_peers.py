@@ -33,14 +33,13 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start_by_hand(folder, *arguments):
-    """Two ranks as srun starts them, without torchrun's agent; rank 0 holds the store."""
+def two_ranks(*arguments, folder=None):
+    """Two ranks of Python as srun starts them, without torchrun's agent; rank 0 holds the store."""
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(free_port())
-    command = [sys.executable, "-m", "forgetrain", *map(str, arguments)]
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, *map(str, arguments)],
             cwd=folder,
             stderr=subprocess.PIPE,
             text=True,
@@ -48,6 +47,10 @@ def start_by_hand(folder, *arguments):
         )
         for rank in (0, 1)
     ]
+
+
+def start_by_hand(folder, *arguments):
+    return two_ranks("-m", "forgetrain", *arguments, folder=folder)
 
 
 def at_step_two(folder):
@@ -84,19 +87,7 @@ with start_world(Hardware(threads=1)) as world:
 
 
 def both_run(code):
-    """Two ranks of this code, started as ``start_by_hand`` does."""
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_port())
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in (0, 1)
-    ]
-    for process in ranks:
+    for process in two_ranks("-c", code):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
 

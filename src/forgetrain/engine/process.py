@@ -63,8 +63,8 @@ class EngineProcess:
     Args:
         module: the path of a flat engine file (ends in .py), run with a minimal environment; or the dotted name of an
             importable module with ``build``, run in this environment.
-        precision, device: the target's unless given. threads: of each rank, the
-            hardware's ``threads_of`` ranks unless given.
+        precision, device: the target's unless given. threads: of each rank; the hardware's
+            ``threads_of`` so many unless given.
         ranks: processes; collectives over nccl where each has a GPU of its own, else over gloo.
         wrap: puts a sandbox's command around the child's command line.
         deterministic: whether torch is asked for deterministic algorithms only.

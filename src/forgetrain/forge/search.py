@@ -2,9 +2,8 @@
 
 In each round the choices that can explain the first difference are tried, alone, then in pairs, then all other
 choices, those that were modelled on the reference before others; the one that moves the first difference furthest
-onward is kept. Candidates are plans of our own, so they run
-in this process, with the reference's thread count and deterministic algorithms, and stop at their first difference.
-What comes out is judged again in a process of its own.
+onward is kept. Candidates are plans of our own, so they run in this process, with the reference's thread count and
+deterministic algorithms, and stop at their first difference. What comes out is judged again in a process of its own.
 """
 
 from __future__ import annotations

@@ -42,8 +42,11 @@ class InitialWeights(Mapping[str, Tensor]):
         return name in self._shapes  # without drawing it
 
     def __getitem__(self, name: str) -> Tensor:
-        drawn, std = self._drawn(name)
+        drawn, std = self._take(name)
         return drawn if std is None else drawn.mul_(std)
+
+    def _take(self, name: str) -> tuple[Tensor, float | None]:
+        return self._drawn(name)
 
     def _drawn(self, name: str) -> tuple[Tensor, float | None]:
         """A tensor, and what it is still to be multiplied by."""
@@ -63,7 +66,8 @@ class InitialWeights(Mapping[str, Tensor]):
 class AheadWeights(InitialWeights):
     """For who asks once for each, matrices about in their order: while one is used the next ones are drawn, each on a
     core, so that at most ``cores`` are whole besides it. A core draws some 120 million numbers a second, so that a rank
-    of a model of ten billion parameters, which draws them all to keep its part, would wait for a minute and a half."""
+    of a model of ten billion parameters, which draws them all to keep its part, would wait for a minute and a half.
+    They are multiplied where they are asked for: each of the drawing threads would have as many of torch's."""
 
     def __init__(self, model: Model, seed: int, cores: int):
         super().__init__(model, seed)
@@ -79,20 +83,16 @@ class AheadWeights(InitialWeights):
         self._pool.shutdown(cancel_futures=True)
         self._coming.clear()
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _take(self, name: str) -> tuple[Tensor, float | None]:
         asked, later = self._coming.pop(name, None), self._after.get(name)
         while later is not None and len(self._coming) < self._cores:
             if later not in self._coming:
                 self._coming[later] = self._pool.submit(self._drawn, later)
             later = self._after.get(later)
-        drawn, std = self._drawn(name) if asked is None else asked.result()
-        return drawn if std is None else drawn.mul_(std)
+        return self._drawn(name) if asked is None else asked.result()
 
 
 def initial_weights(model: Model, seed: int) -> dict[str, Tensor]:
-    """All of ``InitialWeights``, whole. A generator draws on one core, so each core draws a tensor; they are multiplied
-    here, for each of those threads would have as many of torch's."""
-    weights = InitialWeights(model, seed)
-    with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as cores:
-        drawn = dict(zip(weights, cores.map(weights._drawn, weights), strict=True))
-    return {name: tensor if std is None else tensor.mul_(std) for name, (tensor, std) in drawn.items()}
+    """All of ``InitialWeights``, whole."""
+    with AheadWeights(model, seed, min(16, len(os.sched_getaffinity(0)))) as weights:
+        return dict(weights)

@@ -36,7 +36,7 @@ SILENCE_SECONDS = 60.0
 SAME_ERROR_SECONDS = 5.0
 
 
-def shared_place() -> str:
+def _place() -> str:
     """Names what shares process ids: the host, and on Linux its boot and the namespace of pids."""
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     known = f"{boot.read_text().strip()} {namespace.readlink()}" if boot.is_file() else ""
@@ -57,9 +57,12 @@ class Peers:
         self.rank, self._end = rank, end
         self._others = [other for other in range(size) if other != rank]
         self._store = PrefixStore("peers", store)
-        self._store.set(f"place/{rank}", json.dumps({"place": shared_place(), "pid": os.getpid()}))
+        own = _place()
+        self._store.set(f"place/{rank}", json.dumps({"place": own, "pid": os.getpid()}))
         names = [f"place/{other}" for other in self._others]
         self._peers = dict(zip(self._others, map(json.loads, self._store.multi_get(names)), strict=True))
+        #: Ranks on this host, this one among them: not every launcher says how many it starts there.
+        self.here = 1 + sum(peer["place"] == own for peer in self._peers.values())
         self._stopping = threading.Event()
         self._woken, self._wake = os.pipe()  # for the thread, which sleeps in poll
         self._thread = threading.Thread(target=self._watch, name="forgetrain-peers", daemon=True)
@@ -116,7 +119,7 @@ class Peers:
         if not hasattr(os, "pidfd_open"):
             return found
         for other, peer in self._peers.items():
-            if peer["place"] == shared_place():
+            if peer["place"] == _place():
                 try:
                     found[os.pidfd_open(peer["pid"])] = other
                 except ProcessLookupError:

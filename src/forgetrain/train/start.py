@@ -62,13 +62,7 @@ def find_start(
         if (before := found.manifest["engine"])["sha256"] != chosen.sha256:
             was = before["status"] if before["name"] == chosen.name else before["name"]
             say(console, f"resuming with the engine {chosen.name} ({chosen.status}), before it was {was}")
-        before, now = found.manifest["environment"], environment
-        told = {"threads"} if found.manifest["target"]["hardware"]["threads"] != target.hardware.threads else set()
-        of_no_gpu = {"threads", "capability"} if target.hardware.device == "cuda" else set()
-        keys = [key for key in now if key not in told | of_no_gpu and before.get(key, now[key]) != now[key]]
-        apart = [f"{key} {now[key]}, which was {before[key]}" for key in keys]
-        if apart:
-            say(console, f"resuming in another environment, whose bits may differ: {'; '.join(apart)}")
+        _tell_environment(target, found, environment, console)
     return found
 
 
@@ -110,6 +104,20 @@ def _require_same(target: Target, data: DataFolder, found: checkpoint.Checkpoint
             file=found.path,
             remedy="restore that data, or start again with --restart",
         )
+
+
+def _tell_environment(target: Target, found: checkpoint.Checkpoint, now: Mapping[str, Any], console: Console) -> None:
+    """Prints where the checkpoint's environment was another; a GPU's bits depend on no threads, and that the target has
+    others is told before."""
+    before, left_out = found.manifest["environment"], set()
+    if target.hardware.device == "cuda":
+        left_out = {"threads", "capability"}
+    elif found.manifest["target"]["hardware"]["threads"] != target.hardware.threads:
+        left_out = {"threads"}
+    apart = [key for key in now if key not in left_out and before.get(key, now[key]) != now[key]]
+    if apart:
+        told = "; ".join(f"{key} {now[key]}, which was {before[key]}" for key in apart)
+        say(console, f"resuming in another environment, whose bits may differ: {told}")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

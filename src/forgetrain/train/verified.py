@@ -8,6 +8,7 @@ file whose SHA-256 is in one of them with every verdict passed, or any file with
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -119,16 +120,17 @@ def shipped_engine(target: Target) -> Path | None:
     Nobody asked for it, so whatever is wrong there is not told."""
     file = Path("engines") / target.name / "engine.py"
     try:
-        of = read_json(file.parent / "provenance.json", "")["target"]
-        now = target.plain()
-        same = all(of[key] == now[key] for key in ("model", "precision", "parallel"))
-        same &= (
-            of["recipe"]["optimizer"] == target.recipe.optimizer and of["data"]["documents"] == target.data.documents
-        )
-        verdicts = find_verdicts(file, []) if same else None
+        made_for = read_json(file.parent / "provenance.json", "")["target"]
+        verdicts = find_verdicts(file, []) if _computed(made_for) == _computed(target.plain()) else None
         return file if verdicts and all(verdict["pass"] for verdict in verdicts) else None
     except (OSError, UserError, LookupError, TypeError):
         return None
+
+
+def _computed(target: Mapping[str, Any]) -> list[Any]:
+    """What of a target's plain values an engine's text is made of."""
+    sections = [target[key] for key in ("model", "precision", "parallel")]
+    return [*sections, target["recipe"]["optimizer"], target["data"]["documents"]]
 
 
 def choose_engine(target: Target, run: Path, engine: str | None, *, unverified: bool) -> ChosenEngine:

@@ -27,7 +27,7 @@ from forgetrain.errors import UserError
 from forgetrain.numerics.determinism import set_cuda_environment
 from forgetrain.spec.parallel import Parallel
 from forgetrain.spec.target import Hardware
-from forgetrain.train.peers import Peers, shared_place
+from forgetrain.train.peers import Peers
 
 T = TypeVar("T")
 _ALONE = Parallel()
@@ -127,24 +127,21 @@ def start_world(hardware: Hardware, parallel: Parallel = _ALONE) -> Iterator[Wor
             )
         set_cuda_environment()
         torch.cuda.set_device(local)
-    torch.set_num_threads(hardware.threads_of(1))
     place = f"cuda:{local}" if device == "cuda" else "cpu"
     if size == 1:
+        torch.set_num_threads(hardware.threads_of(1))
         yield World(0, 1, place, None, None)
         return
     store = _join(rank, size)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
-        with Peers(store, rank, size):
+        with Peers(store, rank, size) as peers:
+            torch.set_num_threads(hardware.threads_of(peers.here))
             mesh = make_mesh(device, size, parallel)
             control, background = (
                 cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE)) for _ in range(2)
             )
-            world = World(rank, size, place, mesh, control, background, parallel)
-            # not every launcher says how many it starts on a host
-            world.here = world.gather(shared_place()).count(shared_place())
-            torch.set_num_threads(hardware.threads_of(world.here))
-            yield world
+            yield World(rank, size, place, mesh, control, background, parallel, peers.here)
             dist.barrier(control)  # rank 0 may hold the store, so it leaves with the last
     finally:
         dist.destroy_process_group()
